@@ -1,0 +1,210 @@
+"""`dina-reward`: score, train, convert, demo, info."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+app = typer.Typer(
+    name="dina-reward",
+    help="Latent rewards for diffusion and flow-matching models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+RewardArgument = Annotated[
+    str, typer.Argument(help="Directory or hub id of a reward; 'shapes' is the one that ships with the package.")
+]
+PipelineOption = Annotated[
+    str | None,
+    typer.Option(help="Path or hub id of the diffusers pipeline. Default: the backbone that the checkpoint names."),
+]
+
+
+class EnsembleChoice(str, Enum):
+    """How several noise levels are combined."""
+
+    tokens = "tokens"
+    mean = "mean"
+
+
+class DtypeChoice(str, Enum):
+    """Dtype of the backbone."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def score(
+    reward: RewardArgument,
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Images, or .safetensors files with a 'latents' tensor.", exists=True)
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="One prompt for all inputs, or one per input.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Text file with one prompt per line, instead of --prompt.", exists=True)
+    ] = None,
+    pipeline: PipelineOption = None,
+    noise_level: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Noise level in [0, 1]; repeat it for an ensemble. Default: 0.1 for images, else the checkpoint's."
+        ),
+    ] = None,
+    ensemble: Annotated[EnsembleChoice, typer.Option(help="How several levels are combined.")] = EnsembleChoice.tokens,
+    num_noise_samples: Annotated[int, typer.Option(help="Noise draws per latent.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    normalize: Annotated[bool, typer.Option(help="Apply the checkpoint's affine map to the scores.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Latents per backbone pass.")] = 8,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    dtype: Annotated[DtypeChoice, typer.Option(help="Dtype of the pipeline and backbone.")] = DtypeChoice.float32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Scores images or saved latents against prompts, as a table or JSON."""
+    from dina_reward.cli_scoring import ScoreRequest, score_files
+
+    prompts = prompts_file.read_text(encoding="utf-8").splitlines() if prompts_file is not None else (prompt or [])
+    request = ScoreRequest(
+        reward=reward,
+        inputs=inputs,
+        prompts=[line for line in prompts if line.strip()],
+        pipeline=pipeline,
+        noise_level=noise_level or None,
+        ensemble=ensemble.value,
+        num_noise_samples=num_noise_samples,
+        seed=seed,
+        normalize=normalize,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype.value,
+    )
+    rows = score_files(request)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    print_table(
+        "scores",
+        ("input", "prompt", "score", "noise std"),
+        [
+            (
+                row["input"],
+                row["prompt"],
+                f"{row['score']:.4f}",
+                "" if row["noise_std"] is None else f"{row['noise_std']:.4f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Directory or hub id of a checkpoint in any readable layout.")],
+    target: Annotated[Path, typer.Argument(help="Directory to write in native form.")],
+) -> None:
+    """Writes a published reference checkpoint in native form."""
+    from dina_reward.checkpoint import convert_checkpoint
+
+    config = convert_checkpoint(source, target)
+    typer.echo(f"wrote {target} ({config.family}, {config.num_layers} blocks, image taps {config.visual_taps})")
+
+
+@app.command()
+def info(reward: RewardArgument) -> None:
+    """Shows what a reward checkpoint is, without loading a backbone."""
+    from dina_reward.checkpoint import read_checkpoint, resolve_checkpoint
+
+    directory = resolve_checkpoint(reward_path(reward))
+    checkpoint = read_checkpoint(directory)
+    config, lora = checkpoint.config, checkpoint.lora_config
+    parameters = {
+        "LoRA": sum(tensor.numel() for tensor in checkpoint.adapter.values()),
+        "head": sum(tensor.numel() for tensor in checkpoint.head.values()),
+    }
+    print_table(
+        str(directory),
+        ("", ""),
+        [
+            ("family", config.family),
+            ("backbone", config.backbone_model_id or "not recorded"),
+            ("blocks", f"{config.num_layers}, image taps {config.visual_taps}, text taps {config.text_taps}"),
+            ("LoRA", f"rank {lora.r}, alpha {lora.lora_alpha}, {parameters['LoRA']:,} parameters"),
+            ("head", f"{config.head.num_queries} queries, {parameters['head']:,} parameters"),
+            ("default noise level", str(config.noise_level)),
+            ("Thurstone variance", f"{config.variance_scale} sigma^2 + {config.variance_offset}"),
+            ("normalised score", f"(raw + {config.score_shift}) / {config.score_scale}"),
+            ("max sequence length", str(config.max_sequence_length or "the pipeline's")),
+        ],
+    )
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def train(context: typer.Context) -> None:
+    """Trains a reward from preferences: `dina-reward train --config recipe.yaml`; `--help` lists every option."""
+    from dina_reward.training.run import main as run
+
+    run(context.args)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the picture and the table.")] = Path(
+        "outputs/demo"
+    ),
+    iterations: Annotated[int, typer.Option(min=1, help="Alignment iterations.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
+) -> None:
+    """Aligns the embedded generator with the embedded reward on the CPU, in minutes, and shows what happened."""
+    from dina_reward.demo import run_demo
+
+    run_demo(output, iterations=iterations, seed=seed)
+
+
+def main() -> None:
+    """Entry point: errors in the input end in one line, not in a traceback."""
+    import sys
+
+    try:
+        app()
+    except ValueError as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(2)
+
+
+def reward_path(name: str) -> str:
+    """Path or id of a reward; ``shapes`` is the shipped one."""
+    if name != "shapes":
+        return name
+    from dina_reward.shapes import weights_dir
+
+    return str(weights_dir() / "sd3-reward")
+
+
+def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Prints a table to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The reward network, a truncated backbone with LoRA and a head, and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from dina_reward.families.base import Backbone, Conditioning, ModelFamily, TapFeatures
+from dina_reward.head import RewardHead, RewardHeadConfig
+
+
+@dataclass(frozen=True)
+class LatentRewardConfig:
+    """Everything that turns a backbone into a reward, apart from weights and the LoRA configuration.
+
+    Args:
+        family: name of the model family, e.g. ``"sd3"``.
+        num_layers: blocks of the backbone that run.
+        visual_taps: 1-based numbers of the blocks after which image tokens are read.
+        text_taps: the same for text tokens; defaults to ``visual_taps``.
+        backbone_model_id: hub id or path of the diffusers model the reward was trained on. A path that starts with
+            ``.`` is relative to the checkpoint's directory.
+        backbone_config: configuration of that model's denoiser, compared when a backbone is attached.
+        scheduler_config: configuration of the scheduler whose grid the noise levels snap to.
+        head: shape of the head.
+        variance_scale, variance_offset: ``k`` and ``c`` of the Thurstone variance ``k sigma^2 + c``.
+        noise_level: level, or levels of an ensemble, used when a call names none.
+        score_shift, score_scale: normalised score = ``(raw + score_shift) / score_scale``.
+        max_sequence_length: token limit that prompts were encoded with; ``None`` takes the pipeline's default.
+    """
+
+    family: str
+    num_layers: int
+    visual_taps: tuple[int, ...]
+    text_taps: tuple[int, ...] | None = None
+    backbone_model_id: str | None = None
+    backbone_config: dict[str, Any] = field(default_factory=dict)
+    scheduler_config: dict[str, Any] = field(default_factory=dict)
+    head: RewardHeadConfig = field(default_factory=RewardHeadConfig)
+    variance_scale: float = 2.0
+    variance_offset: float = 0.05
+    noise_level: float | tuple[float, ...] = 0.4
+    score_shift: float = 10.0
+    score_scale: float = 10.0
+    max_sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "visual_taps", tuple(self.visual_taps))
+        set_field(self, "text_taps", tuple(self.visual_taps if self.text_taps is None else self.text_taps))
+        if not isinstance(self.noise_level, (int, float)):
+            set_field(self, "noise_level", tuple(self.noise_level))
+        if isinstance(self.head, Mapping):
+            set_field(self, "head", _dataclass_from(RewardHeadConfig, self.head, "head configuration"))
+        for name in ("visual_taps", "text_taps"):
+            taps = getattr(self, name)
+            if list(taps) != sorted(set(taps)) or any(not 1 <= tap <= self.num_layers for tap in taps):
+                raise ValueError(
+                    f"{name} must be increasing block numbers between 1 and num_layers={self.num_layers}, got {taps}"
+                )
+        if not self.visual_taps:
+            raise ValueError("visual_taps is empty; name at least one block to read")
+        if self.head.use_text_features and not self.text_taps:
+            raise ValueError("text_taps is empty but head.use_text_features is true")
+        if self.variance_scale < 0 or self.variance_offset <= 0 or self.score_scale <= 0:
+            raise ValueError(
+                "variance_scale must be >= 0, variance_offset and score_scale > 0, got "
+                f"{self.variance_scale}, {self.variance_offset}, {self.score_scale}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatentRewardConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: unknown or missing keys.
+        """
+        return _dataclass_from(cls, values, "reward configuration")
+
+
+def _dataclass_from(cls: type, values: Mapping[str, Any], what: str) -> Any:
+    known = {f.name for f in fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown keys in the {what}: {unknown}; known keys are {sorted(known)}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"incomplete {what}: {error}") from None
+
+
+class LatentRewardModel(nn.Module):
+    """Backbone (LoRA-wrapped) and head.
+
+    LoRA and head parameters are float32 whatever the backbone's dtype, and are the only parameters that ever train.
+
+    Args:
+        config: the reward's configuration.
+        family: its model family.
+        backbone: truncated view of the denoiser.
+        lora_config: PEFT configuration; see `default_lora_config`.
+    """
+
+    def __init__(
+        self, config: LatentRewardConfig, family: ModelFamily, backbone: Backbone, lora_config: LoraConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        backbone.requires_grad_(False)
+        self.backbone: PeftModel = get_peft_model(backbone, lora_config)
+        assert config.text_taps is not None
+        self.head = RewardHead(
+            config.head,
+            family.feature_sizes(config.backbone_config),
+            num_visual_taps=len(config.visual_taps),
+            num_text_taps=len(config.text_taps),
+        ).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the backbone."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype the backbone computes in."""
+        return next(p for name, p in self.backbone.named_parameters() if "lora_" not in name).dtype
+
+    def trainable_state(self) -> dict[str, nn.Parameter]:
+        """LoRA and head parameters by name."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("head.") or ".lora_" in name
+        }
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Switches gradients of LoRA and head parameters; the base weights stay frozen."""
+        for parameter in self.trainable_state().values():
+            parameter.requires_grad_(trainable)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recomputes block activations in the backward pass."""
+        self._truncated.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keeps block activations for the backward pass."""
+        self._truncated.gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Name under which `transformers.Trainer` calls `enable_gradient_checkpointing`."""
+        self.enable_gradient_checkpointing()
+
+    @property
+    def _truncated(self) -> Backbone:
+        return self.backbone.get_base_model()  # type: ignore[return-value]
+
+    def features(
+        self, noisy_latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
+    ) -> TapFeatures:
+        """Tapped hidden states of noisy latents; arguments as for `forward`."""
+        dtype, device = self.dtype, self.device
+        return self.backbone(
+            noisy_latents.to(dtype),
+            timestep.to(device),
+            conditioning.to(device, dtype),
+            None if prompt_index is None else prompt_index.to(device),
+        )
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        prompt_index: Tensor | None = None,
+        num_levels: int = 1,
+    ) -> Tensor:
+        """Scores noisy latents.
+
+        Args:
+            noisy_latents (`Tensor`): shape ``(rows, ...)`` with ``rows = num_levels * batch``, level-major.
+            timestep (`Tensor`): scheduler timesteps, shape ``(rows,)``.
+            conditioning (`Conditioning`): encoded unique prompts.
+            prompt_index (`Tensor`, *optional*): prompt of every row, shape ``(rows,)``; default row ``i``, prompt ``i``.
+            num_levels (`int`): levels of a token ensemble.
+
+        Returns:
+            `Tensor`: raw scores, shape ``(batch,)``, float32.
+        """
+        return self.head(self.features(noisy_latents, timestep, conditioning, prompt_index), num_levels)
+
+
+def default_lora_config(
+    family: ModelFamily, config: LatentRewardConfig, *, rank: int = 64, alpha: int | None = None
+) -> LoraConfig:
+    """The published LoRA: gaussian initialisation, ``alpha = 2 rank``, every attention projection.
+
+    Where the last text tap lies before the last block, that block's text projections are left alone.
+    """
+    unread = config.num_layers > max(config.text_taps or (0,))
+    last = rf".*\.{config.num_layers - 1}\..*\.(add_[qkv]_proj|to_add_out)"
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(family.reward_lora_targets),
+        exclude_modules=last if unread else None,
+    )

@@ -1,0 +1,97 @@
+"""Standard normal draws for scoring: explicit, reproducible, independent of how a batch is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def draw_noise(
+    latents: Tensor,
+    *,
+    num_samples: int = 1,
+    seed: int | Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    share_noise: bool = False,
+) -> Tensor:
+    """Noise for a batch of latents.
+
+    With an integer ``seed``, row ``i`` has a stream of its own that depends on the seed and ``i`` alone. With a
+    sequence of seeds, row ``i`` depends on ``seed[i]`` alone, so that rows keep their noise in any batch. Seeded draws
+    are made on the CPU and are the same on every device.
+
+    Args:
+        latents: clean latents, shape ``(batch, ...)``.
+        num_samples: draws per latent.
+        seed: one seed, or one per row.
+        generator: used instead of a seed; advances with every call.
+        noise: the noise itself, shape ``(batch, ...)``, ``(1, ...)`` or ``(num_samples, batch, ...)``.
+        share_noise: give every row the same draws (common random numbers).
+
+    Returns:
+        `Tensor`: shape ``(num_samples, batch, ...)``, float32, on the device of ``latents``.
+
+    Raises:
+        ValueError: several sources of noise at once, or shapes that do not fit.
+    """
+    if sum(source is not None for source in (seed, generator, noise)) > 1:
+        raise ValueError("give only one of `seed`, `generator` and `noise`")
+    if num_samples < 1:
+        raise ValueError(f"num_noise_samples must be at least 1, got {num_samples}")
+    if noise is not None:
+        return _given_noise(noise, latents, num_samples)
+    batch, shape = latents.shape[0], tuple(latents.shape[1:])
+    rows = 1 if share_noise else batch
+    if seed is None:
+        device = latents.device if generator is None else generator.device
+        drawn = torch.randn((num_samples, rows, *shape), generator=generator, device=device)
+    else:
+        seeds = _row_seeds(seed, batch, share_noise)
+        streams = (torch.Generator().manual_seed(row_seed) for row_seed in seeds)
+        drawn = torch.stack([_samples(shape, num_samples, stream) for stream in streams], dim=1)
+    return drawn.to(latents.device).expand(num_samples, batch, *shape)
+
+
+def fold_seed(*parts: int) -> int:
+    """One 63-bit seed from several integers; different parts give unrelated seeds."""
+    # SeedSequence ignores trailing zeros, hence the length.
+    (word,) = np.random.SeedSequence([len(parts), *(part % 2**64 for part in parts)]).generate_state(1, np.uint64)
+    return int(word >> np.uint64(1))
+
+
+def _samples(shape: tuple[int, ...], num_samples: int, stream: torch.Generator) -> Tensor:
+    # One call per sample: torch fills large and small tensors in different orders.
+    return torch.stack([torch.randn(shape, generator=stream) for _ in range(num_samples)])
+
+
+def _row_seeds(seed: int | Sequence[int] | Tensor, batch: int, share_noise: bool) -> list[int]:
+    if isinstance(seed, int):
+        return [fold_seed(seed, row) for row in range(1 if share_noise else batch)]
+    seeds = [int(value) for value in seed]
+    if len(seeds) != batch:
+        raise ValueError(f"got {len(seeds)} seeds for {batch} latents; pass one integer or one seed per latent")
+    if share_noise:
+        raise ValueError("share_noise=True gives all rows one draw; pass a single integer seed with it")
+    return seeds
+
+
+def _given_noise(noise: Tensor, latents: Tensor, num_samples: int) -> Tensor:
+    target = (num_samples, *latents.shape)
+    if noise.ndim == latents.ndim:
+        noise = noise.unsqueeze(0)
+    broadcastable = noise.ndim == len(target) and all(
+        have in (want, 1) if axis < 2 else have == want
+        for axis, (have, want) in enumerate(zip(noise.shape, target, strict=False))
+    )
+    if not broadcastable:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; expected {tuple(latents.shape)}, one row of it, or "
+            f"{target} for num_noise_samples={num_samples}"
+        )
+    if noise.device != latents.device:
+        raise ValueError(f"noise is on {noise.device} but latents are on {latents.device}")
+    return noise.float().expand(target)

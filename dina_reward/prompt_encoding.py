@@ -1,0 +1,92 @@
+"""Prompts -> conditioning through a pipeline's own text encoders, batched over unique prompts and cached."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dina_reward.families.base import Conditioning, ModelFamily
+
+
+class PromptEncoder:
+    """Bounded LRU cache in front of a family's `encode_prompts`.
+
+    Args:
+        family: model family of the pipeline.
+        pipeline: diffusers pipeline with its text encoders, or ``None`` when only embeddings will be given.
+        max_sequence_length: token limit; ``None`` takes the pipeline's default.
+        cache_size: prompts that stay encoded; ``0`` switches the cache off.
+        batch_size: prompts per call of the text encoders.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        pipeline: Any | None,
+        *,
+        max_sequence_length: int | None = None,
+        cache_size: int = 128,
+        batch_size: int = 32,
+    ) -> None:
+        if cache_size < 0 or batch_size < 1:
+            raise ValueError(
+                f"cache_size must be >= 0 and batch_size >= 1, got {cache_size} and {batch_size}; use cache_size=0 for none"
+            )
+        self.family = family
+        self.pipeline = pipeline
+        self.max_sequence_length = max_sequence_length
+        self.cache_size = cache_size
+        self.batch_size = batch_size
+        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, prompts: Sequence[str], device: torch.device | None = None) -> tuple[Conditioning, Tensor]:
+        """Encodes prompts.
+
+        Returns:
+            The conditioning of the unique prompts, in order of first appearance, and for each prompt its position
+            there, shape ``(len(prompts),)``, int64.
+
+        Raises:
+            ValueError: no pipeline to encode with, or something that is not a string.
+        """
+        if self.pipeline is None:
+            raise ValueError(
+                "this reward has no text encoders: load it with `pipeline=`, or pass `prompt_embeds` (and "
+                "`pooled_prompt_embeds`) instead of prompts"
+            )
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be a list of strings, got {type(prompts).__name__} {str(prompts)[:80]!r}")
+        position: dict[str, int] = {}
+        index = torch.tensor([position.setdefault(prompt, len(position)) for prompt in prompts])
+        with self._lock:
+            rows = self._rows(list(position), device)
+        return Conditioning.cat(rows), index
+
+    def clear(self) -> None:
+        """Forgets every cached prompt."""
+        with self._lock:
+            self._cache.clear()
+
+    def _rows(self, unique: list[str], device: torch.device | None) -> list[Conditioning]:
+        rows = {prompt: self._cache[prompt] for prompt in unique if prompt in self._cache}
+        missing = [prompt for prompt in unique if prompt not in rows]
+        for start in range(0, len(missing), self.batch_size):
+            chunk = missing[start : start + self.batch_size]
+            encoded = self.family.encode_prompts(
+                self.pipeline, chunk, max_sequence_length=self.max_sequence_length, device=device
+            )
+            for i, prompt in enumerate(chunk):
+                rows[prompt] = encoded[i : i + 1].map(lambda tensor: tensor.detach().clone())
+        if self.cache_size:
+            for prompt in unique:
+                self._cache[prompt] = rows[prompt]
+                self._cache.move_to_end(prompt)
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+        return [rows[prompt] for prompt in unique]

@@ -1,0 +1,43 @@
+"""`import dina_reward` is cheap and its public names are complete."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import dina_reward
+
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib")
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_loads_nothing_heavy_and_is_fast() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import dina_reward; "
+        "print(time.perf_counter() - start, *[m for m in sys.argv[1:] if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code, *HEAVY], capture_output=True, text=True, check=True).stdout
+    seconds, *loaded = output.split()
+    assert loaded == []
+    assert float(seconds) < 0.3
+
+
+def test_shapes_import_loads_nothing_heavy() -> None:
+    assert run_python("import sys, dina_reward.shapes; print('torch' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.parametrize("name", [name for name in dina_reward.__all__ if name != "__version__"])
+def test_every_public_name_resolves(name: str) -> None:
+    assert getattr(dina_reward, name).__name__ == name
+    assert name in dir(dina_reward)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'LatentRewards'"):
+        dina_reward.LatentRewards  # noqa: B018

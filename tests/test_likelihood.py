@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dina_reward.likelihood import (
+    PreferenceLoss,
+    PreferenceLossName,
+    ThurstoneModel,
+    log_ndtr,
+    thurstone_preference,
+)
+
+
+LOSSES = get_args(PreferenceLossName)
+EXTREME_MARGINS = torch.tensor([-1e4, -300.0, -40.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 40.0, 300.0, 1e4])
+
+scores = st.floats(-50, 50, allow_nan=False, width=32)
+levels = st.floats(0, 1, width=32)
+
+
+def one(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("loss_thurstone", {}),
+        ("loss_thurstone_constant", {"thurstone": ThurstoneModel(variance_scale=0.0, variance_offset=0.5)}),
+        ("loss_bt", {"name": "bradley_terry"}),
+        ("loss_bt_margin", {"name": "bradley_terry", "margin": 1.0}),
+    ],
+)
+def test_reference_losses(parity_cases: dict[str, Tensor], name: str, arguments: dict[str, Any]) -> None:
+    chosen, rejected = (parity_cases[f"loss_score_{side}"].flatten() for side in ("chosen", "rejected"))
+    loss = PreferenceLoss(**arguments)(chosen, rejected, parity_cases["loss_sigma"])
+    torch.testing.assert_close(loss, parity_cases[name].squeeze(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0.0, 0.316), (0.1, 0.374), (0.4, 0.860), (0.7, 1.435), (1.0, 2.025)])
+def test_denominator_of_the_published_model(level: float, expected: float) -> None:
+    z = ThurstoneModel().standardized_margin(torch.ones(1), torch.zeros(1), torch.tensor([level]))
+    assert 1 / z.item() == pytest.approx(expected, abs=6e-4)
+
+
+def test_probability_numbers() -> None:
+    thurstone = ThurstoneModel(variance_scale=0.0, variance_offset=0.5)
+    probability = thurstone.probability(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor(0.3))
+    torch.testing.assert_close(probability, torch.tensor([0.8413447, 0.5]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        thurstone_preference(torch.tensor([1.0]), torch.tensor(0.5)), probability[:1], atol=0, rtol=0
+    )
+
+
+@given(a=scores, b=scores, level=levels)
+def test_probabilities_of_both_orders_sum_to_one(a: float, b: float, level: float) -> None:
+    model, sigma = ThurstoneModel(), one(level)
+    forward, backward = model.probability(one(a), one(b), sigma), model.probability(one(b), one(a), sigma)
+    assert (forward + backward).item() == pytest.approx(1, abs=1e-12)
+    assert 0 <= forward.item() <= 1
+
+
+@given(margin=st.floats(0.01, 3), level=st.floats(0, 0.9))
+def test_probability_grows_with_the_margin_and_shrinks_with_noise(margin: float, level: float) -> None:
+    model = ThurstoneModel()
+    base = model.probability(one(margin), one(0), one(level)).item()
+    assert model.probability(one(2 * margin), one(0), one(level)).item() >= base > 0.5
+    assert 0.5 < model.probability(one(margin), one(0), one(level + 0.1)).item() <= base
+
+
+@given(a=scores, b=scores, level=levels, q=st.floats(0, 1))
+@pytest.mark.parametrize("name", LOSSES)
+def test_swapping_sides_and_label_changes_nothing(name: Any, a: float, b: float, level: float, q: float) -> None:
+    loss = PreferenceLoss(name)
+    first = loss(one(a), one(b), one(level), one(q))
+    second = loss(one(b), one(a), one(level), one(1 - q))
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
+
+
+@given(a=scores, b=scores, level=levels)
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_falls_when_the_chosen_score_rises(name: Any, a: float, b: float, level: float) -> None:
+    loss = PreferenceLoss(name)
+    assert loss(one(a + 1), one(b), one(level)).item() <= loss(one(a), one(b), one(level)).item() + 1e-12
+
+
+@given(q=st.floats(0.05, 0.95), level=levels)
+@settings(max_examples=30)
+@pytest.mark.parametrize("name", LOSSES)
+def test_soft_targets_are_met_at_the_minimum(name: Any, q: float, level: float) -> None:
+    loss = PreferenceLoss(name)
+    margins = torch.linspace(-8, 8, 20001, dtype=torch.float64)
+    sigma, zeros = torch.full_like(margins, level), torch.zeros_like(margins)
+    best = margins[loss.per_pair(margins, zeros, sigma, torch.full_like(margins, q)).argmin()]
+    assert loss.probability(best[None], zeros[:1], sigma[:1]).item() == pytest.approx(q, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ties_pull_the_scores_together(name: Any) -> None:
+    chosen = torch.tensor([2.0], requires_grad=True)
+    PreferenceLoss(name)(chosen, torch.zeros(1), torch.full((1,), 0.5), torch.tensor([0.5])).backward()
+    assert chosen.grad is not None
+    assert chosen.grad.item() > 0
+
+
+def test_fidelity_limits() -> None:
+    loss = PreferenceLoss()
+    zeros = torch.zeros(1)
+    assert loss(torch.tensor([1e4]), zeros, zeros).item() == pytest.approx(0, abs=1e-6)
+    assert loss(torch.tensor([-1e4]), zeros, zeros).item() == pytest.approx(1 - 1e-3, abs=1e-6)
+    assert loss(zeros, zeros, zeros).item() == pytest.approx(1 - math.sqrt(0.5 + 1e-6), abs=1e-6)
+
+
+def test_nll_of_an_extreme_margin_is_its_asymptote() -> None:
+    loss = PreferenceLoss("thurstone_nll", ThurstoneModel(0.0, 0.5))
+    z = 1e4 / math.sqrt(1 + 1e-6)
+    expected = z**2 / 2 + math.log(z * math.sqrt(2 * math.pi))
+    assert loss(torch.tensor([-1e4]), torch.zeros(1), torch.zeros(1)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("level", [0.0, 0.4, 1.0])
+def test_extreme_margins_have_the_gradients_of_float64(name: Any, target: float, level: float) -> None:
+    loss = PreferenceLoss(name)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        chosen = EXTREME_MARGINS.to(dtype).requires_grad_()
+        sigma, q = torch.full_like(chosen, level), torch.full_like(chosen, target)
+        losses = loss.per_pair(chosen, torch.zeros_like(chosen), sigma, q)
+        assert bool(losses.isfinite().all())
+        (gradient,) = torch.autograd.grad(losses.sum(), chosen)
+        assert bool(gradient.isfinite().all())
+        gradients.append(gradient.double())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=2e-4, atol=1e-6)
+
+
+def test_log_ndtr_gradient_far_out_in_float32() -> None:
+    z = torch.tensor([-1e5, -3.2e4, -1e4, -50.0, 0.0, 50.0], requires_grad=True)
+    log_ndtr(z).sum().backward()
+    expected = torch.tensor([1e5, 3.2e4, 1e4, 50.02, math.sqrt(2 / math.pi), 0.0])
+    torch.testing.assert_close(z.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = (3 * torch.randn(2, 8, generator=generator, dtype=torch.float64)).requires_grad_()
+    sigma, target = torch.rand(2, 8, generator=generator, dtype=torch.float64)
+    target[0], target[1] = 0.0, 1.0
+    loss = PreferenceLoss(name)
+    assert torch.autograd.gradcheck(lambda a, b: loss.per_pair(a, b, sigma, target), (chosen, rejected))
+
+
+def test_gradcheck_of_log_ndtr() -> None:
+    z = torch.tensor([-30.0, -3.0, -0.1, 0.0, 1.5, 6.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_ndtr, (z,))
+    assert torch.autograd.gradgradcheck(log_ndtr, (z,))
+
+
+def test_weights_multiply() -> None:
+    chosen, rejected, sigma = torch.tensor([1.0, -1.0]), torch.zeros(2), torch.tensor([0.2, 0.8])
+    loss = PreferenceLoss("thurstone_nll")
+    first, second = loss.per_pair(chosen, rejected, sigma)
+    assert loss(chosen, rejected, sigma, weight=torch.tensor([0.0, 3.0])).item() == pytest.approx(
+        3 * second.item() / 2
+    )
+    assert loss(chosen, rejected, sigma).item() == pytest.approx((first + second).item() / 2)
+
+
+def test_half_precision_scores_are_compared_in_float32() -> None:
+    chosen = torch.tensor([1.0], dtype=torch.bfloat16)
+    losses = PreferenceLoss().per_pair(chosen, torch.zeros_like(chosen), torch.tensor([0.4]))
+    assert losses.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PreferenceLoss("hinge"), "unknown preference loss 'hinge'; choose one of thurstone_fidelity"),  # type: ignore[arg-type]
+        (lambda: PreferenceLoss(margin=1.0), "belongs to the loss 'bradley_terry'"),
+        (lambda: PreferenceLoss("bradley_terry", margin=-1.0), "must not be negative"),
+        (lambda: ThurstoneModel(variance_scale=-1.0), "variance_scale >= 0"),
+        (lambda: ThurstoneModel(variance_offset=0.0), "variance_offset > 0"),
+        (lambda: PreferenceLoss()(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3)), r"got \(3, 1\) and \(3,\)"),
+        (
+            lambda: PreferenceLoss()(torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.ones(2)),
+            r"target has shape \(2,\)",
+        ),
+    ],
+)
+def test_errors(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,372 @@
+"""LatentReward: what it returns, what it refuses, what it never depends on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dina_reward import LatentReward, LatentRewardConfig, NonFiniteError
+from dina_reward.modeling import default_lora_config
+from tests.tiny_models import tiny_sd3_transformer
+
+
+CONFIG = LatentRewardConfig(family="sd3", num_layers=2, visual_taps=(1, 2), max_sequence_length=16)
+PROMPTS = ["a cat", "a dog", "a cat"]
+
+
+def make_reward(pipeline: Any, *, trained: bool = True, **kwargs: Any) -> LatentReward:
+    """A reward whose LoRA is not a no-op, as after training."""
+    reward = LatentReward.from_config(CONFIG, pipeline=pipeline, **kwargs)
+    if trained:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in reward.model.trainable_state().items():
+                if "lora_B" in name or "cond_mlp" in name:
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return reward.eval()
+
+
+@pytest.fixture(scope="module")
+def reward(sd3_pipeline: Any) -> LatentReward:
+    return make_reward(sd3_pipeline)
+
+
+@pytest.fixture
+def latents() -> Tensor:
+    return torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def test_call_returns_float32_without_gradient(reward: LatentReward, latents: Tensor) -> None:
+    for given in (latents.requires_grad_(), latents.detach().bfloat16(), latents.detach().double()):
+        scores = reward(given, PROMPTS, seed=0)
+        assert scores.shape == (3,)
+        assert scores.dtype == torch.float32
+        assert not scores.requires_grad
+
+
+def test_pipeline_output_can_be_scored(sd3_pipeline: Any, reward: LatentReward) -> None:
+    latents = sd3_pipeline(
+        PROMPTS, height=64, width=64, num_inference_steps=2, max_sequence_length=16, output_type="latent"
+    ).images
+    assert reward(latents, PROMPTS, seed=0).shape == (3,)
+
+
+def test_seed_decides_everything(reward: LatentReward, latents: Tensor) -> None:
+    first = reward(latents, PROMPTS, seed=3)
+    assert torch.equal(first, reward(latents, PROMPTS, seed=3))
+    assert not torch.equal(first, reward(latents, PROMPTS, seed=4))
+    generator = torch.Generator().manual_seed(0)
+    assert not torch.equal(
+        reward(latents, PROMPTS, generator=generator), reward(latents, PROMPTS, generator=generator)
+    )
+
+
+@pytest.mark.parametrize("ensemble", ["tokens", "mean"])
+@pytest.mark.parametrize("noise_level", [0.4, (0.2, 0.5, 0.7)])
+def test_batch_split_does_not_matter(reward: LatentReward, latents: Tensor, noise_level: Any, ensemble: Any) -> None:
+    arguments = {"noise_level": noise_level, "ensemble": ensemble, "num_noise_samples": 2}
+    whole = reward(latents, PROMPTS, seed=5, **arguments)
+    for batch_size in (1, 2, 7):
+        torch.testing.assert_close(reward(latents, PROMPTS, seed=5, batch_size=batch_size, **arguments), whole)
+    seeds = [7, 8, 9]
+    whole = reward(latents, PROMPTS, seed=seeds, **arguments)
+    rows = [reward(latents[i : i + 1], PROMPTS[i : i + 1], seed=seeds[i : i + 1], **arguments) for i in range(3)]
+    torch.testing.assert_close(torch.cat(rows), whole)
+
+
+def test_score_reports_levels_and_spread(reward: LatentReward, latents: Tensor) -> None:
+    levels = (0.2, 0.5, 0.7)
+    output = reward.score(latents, PROMPTS, noise_level=levels, ensemble="mean", num_noise_samples=4, seed=0)
+    assert output.level_scores.shape == (3, 3)
+    torch.testing.assert_close(output.scores, output.level_scores.mean(dim=1))
+    torch.testing.assert_close(output.noise_levels, torch.tensor(levels), atol=1e-3, rtol=0)
+    torch.testing.assert_close(output.timesteps, 1000 * output.noise_levels)
+    for column, level in enumerate(levels):
+        alone = reward.score(latents, PROMPTS, noise_level=level, num_noise_samples=4, seed=0)
+        torch.testing.assert_close(output.level_scores[:, column], alone.scores)
+    draws = torch.stack([reward(latents, PROMPTS, noise_level=0.4, noise=n) for n in torch.randn(3, *latents.shape)])
+    assert output.noise_std is not None
+    assert output.noise_std.shape == (3,)
+    torch.manual_seed(0)
+    noise = torch.randn(3, *latents.shape)
+    spread = reward.score(latents, PROMPTS, noise_level=0.4, noise=noise, num_noise_samples=3)
+    draws = torch.stack([reward(latents, PROMPTS, noise_level=0.4, noise=n) for n in noise])
+    torch.testing.assert_close(spread.noise_std, draws.std(dim=0))
+    torch.testing.assert_close(spread.scores, draws.mean(dim=0))
+    assert reward.score(latents, PROMPTS, seed=0).noise_std is None
+
+
+def test_token_ensemble_differs_from_mean(reward: LatentReward, latents: Tensor) -> None:
+    tokens = reward(latents, PROMPTS, noise_level=(0.2, 0.7), seed=0)
+    mean = reward(latents, PROMPTS, noise_level=(0.2, 0.7), seed=0, ensemble="mean")
+    assert not torch.allclose(tokens, mean, atol=1e-6)
+
+
+def test_shared_noise_removes_noise_from_differences(reward: LatentReward, latents: Tensor) -> None:
+    same = latents[:1].expand(3, -1, -1, -1)
+    scores = reward(same, "a cat", seed=0, share_noise=True)
+    torch.testing.assert_close(scores, scores[:1].expand(3))
+    assert float(reward(same, "a cat", seed=0).std()) > 0
+
+
+def test_normalised_score(reward: LatentReward, latents: Tensor) -> None:
+    raw = reward(latents, PROMPTS, seed=0)
+    torch.testing.assert_close(reward(latents, PROMPTS, seed=0, normalize=True), (raw + 10) / 10)
+    output = reward.score(latents, PROMPTS, seed=0, normalize=True)
+    torch.testing.assert_close(output.scores, (raw + 10) / 10)
+    torch.testing.assert_close(output.level_scores[:, 0], (raw + 10) / 10)
+
+
+def test_score_is_differentiable_and_matches_finite_differences(reward: LatentReward, latents: Tensor) -> None:
+    latents = latents.requires_grad_()
+    output = reward.score(latents, PROMPTS, noise_level=(0.2, 0.5), seed=0)
+    (gradient,) = torch.autograd.grad(output.scores.sum(), latents)
+    direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
+    step = 1e-2 * direction
+    with torch.no_grad():
+        plus = reward.score(latents + step, PROMPTS, noise_level=(0.2, 0.5), seed=0).scores.sum()
+        minus = reward.score(latents - step, PROMPTS, noise_level=(0.2, 0.5), seed=0).scores.sum()
+    torch.testing.assert_close((plus - minus) / 2, (gradient * step).sum(), rtol=2e-2, atol=1e-4)
+    assert all(p.grad is None for p in reward.model.parameters())
+
+
+def test_embeddings_instead_of_prompts(reward: LatentReward, latents: Tensor) -> None:
+    conditioning, index = reward.encode_prompts(PROMPTS)
+    rows = conditioning[index]
+    embeds = {"prompt_embeds": rows.prompt_embeds, "pooled_prompt_embeds": rows.pooled_prompt_embeds}
+    torch.testing.assert_close(reward(latents, seed=0, **embeds), reward(latents, PROMPTS, seed=0))
+    one = {name: tensor[:1] for name, tensor in embeds.items() if tensor is not None}
+    torch.testing.assert_close(reward(latents, seed=0, **one), reward(latents, "a cat", seed=0))
+
+
+def test_text_stream_runs_once_per_unique_prompt(reward: LatentReward, latents: Tensor) -> None:
+    seen: list[int] = []
+    embedder = reward.model.backbone.get_base_model().context_embedder
+    handle = embedder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
+    reward(latents, PROMPTS, seed=0, noise_level=(0.2, 0.5, 0.7), num_noise_samples=2)
+    handle.remove()
+    assert seen == [2]  # one batched pass, two unique prompts
+
+
+def test_preference_is_calibrated_thurstone(reward: LatentReward, latents: Tensor) -> None:
+    other = latents.flip(0)
+    probability = reward.preference(latents, other, "a cat", noise_level=0.4, seed=2)
+    margin = reward(latents, "a cat", noise_level=0.4, seed=2) - reward(other, "a cat", noise_level=0.4, seed=2)
+    sigma = 0.400293
+    expected = torch.special.ndtr(margin / (2 * (2.0 * sigma**2 + 0.05) + 1e-6) ** 0.5)
+    torch.testing.assert_close(probability, expected, rtol=1e-4, atol=1e-5)
+    swapped = reward.preference(other, latents, "a cat", noise_level=0.4, seed=2)
+    torch.testing.assert_close(probability + swapped, torch.ones(3))
+    same = reward.preference(latents, latents, "a cat")
+    torch.testing.assert_close(same, torch.full((3,), 0.5))
+
+
+def test_merged_and_unmerged_scores_agree(sd3_pipeline: Any, latents: Tensor) -> None:
+    reward = make_reward(sd3_pipeline)
+    assert reward.merged
+    merged = reward(latents, PROMPTS, seed=0)
+    reward.train()
+    assert not reward.merged
+    assert all(p.requires_grad for p in reward.model.trainable_state().values())
+    reward.model.eval()
+    torch.testing.assert_close(reward(latents, PROMPTS, seed=0), merged, atol=1e-5, rtol=0)
+    base = [
+        n for n, p in reward.model.named_parameters() if p.requires_grad and n not in reward.model.trainable_state()
+    ]
+    assert base == []
+
+
+def test_scoring_leaves_the_pipeline_alone(sd3_pipeline: Any, reward: LatentReward, latents: Tensor) -> None:
+    before = {name: tensor.clone() for name, tensor in sd3_pipeline.transformer.state_dict().items()}
+    reward(latents, PROMPTS, seed=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sd3_pipeline.transformer.state_dict().items())
+
+
+def test_bfloat16_backbone_keeps_float32_adapter_and_scores(sd3_pipeline: Any, latents: Tensor) -> None:
+    reward = make_reward(sd3_pipeline, torch_dtype=torch.bfloat16)
+    assert reward.model.dtype == torch.bfloat16
+    assert {p.dtype for p in reward.model.trainable_state().values()} == {torch.float32}
+    scores = reward(latents, PROMPTS, seed=0)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, make_reward(sd3_pipeline)(latents, PROMPTS, seed=0), atol=0.05, rtol=0.05)
+
+
+def test_compiled_scores_agree(sd3_pipeline: Any, latents: Tensor) -> None:
+    reward = make_reward(sd3_pipeline)
+    eager = reward(latents, PROMPTS, seed=0, noise_level=(0.2, 0.5))
+    reward.compile(backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(reward(latents, PROMPTS, seed=0, noise_level=(0.2, 0.5)), eager, atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_changes_nothing(sd3_pipeline: Any, latents: Tensor) -> None:
+    reward = make_reward(sd3_pipeline)
+    latents = latents.requires_grad_()
+    plain = torch.autograd.grad(reward.score(latents, PROMPTS, seed=0).scores.sum(), latents)[0]
+    reward.model.enable_gradient_checkpointing()
+    recomputed = torch.autograd.grad(reward.score(latents, PROMPTS, seed=0).scores.sum(), latents)[0]
+    assert torch.equal(plain, recomputed)
+
+
+def test_fresh_rewards_are_reproducible_and_leave_the_global_seed_alone(sd3_pipeline: Any) -> None:
+    torch.manual_seed(9)
+    expected = torch.rand(1)
+    torch.manual_seed(9)
+    first = make_reward(sd3_pipeline, trained=False, seed=4).model.state_dict()
+    assert torch.equal(torch.rand(1), expected)
+    second = make_reward(sd3_pipeline, trained=False, seed=4).model.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = make_reward(sd3_pipeline, trained=False, seed=5).model.head.query_tokens
+    assert not torch.equal(first["head.query_tokens"], other)
+
+
+def bad_latents(kind: str, latents: Tensor) -> Any:
+    nan = latents.clone()
+    nan[1, 0, 0, 0] = float("nan")
+    return {
+        "list": latents.tolist(),
+        "integer": (latents * 100).to(torch.uint8),
+        "rank": latents[0],
+        "packed": torch.zeros(3, 16, 64),
+        "channels": latents[:, :4],
+        "odd": latents[:, :, :7],
+        "large": torch.zeros(1, 16, 128, 8),
+        "empty": latents[:0],
+        "nan": nan,
+        "device": latents.to("meta"),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("list", "must be a torch.Tensor, got list"),
+        ("integer", "dtype torch.uint8; expected floating-point"),
+        ("rank", r"shape \(16, 8, 8\); sd3 takes unpacked latents of shape \(batch, 16"),
+        ("packed", "packed latents"),
+        ("channels", "4 channels"),
+        ("odd", "multiple of 2"),
+        ("large", "at most 64"),
+        ("empty", "empty batch"),
+        ("nan", r"rows \[1\] are not finite"),
+        ("device", "latents are on meta but the reward is on cpu"),
+    ],
+)
+def test_wrong_latents_are_refused(reward: LatentReward, latents: Tensor, kind: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward(bad_latents(kind, latents), "a cat", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": ["a", "b"]}, "got 2 prompts for 3 latents"),
+        ({}, "either `prompts` or `prompt_embeds`"),
+        ({"prompts": "a", "prompt_embeds": torch.zeros(3, 5, 64)}, "either `prompts` or `prompt_embeds`"),
+        ({"prompt_embeds": torch.zeros(3, 5, 64)}, "needs pooled_prompt_embeds"),
+        (
+            {"prompt_embeds": torch.zeros(3, 5, 32), "pooled_prompt_embeds": torch.zeros(3, 64)},
+            r"takes \(batch, length, 64\)",
+        ),
+        ({"prompt_embeds": torch.zeros(3, 5, 64), "pooled_prompt_embeds": torch.zeros(3, 8)}, r"expected \(3, 64\)"),
+        ({"prompt_embeds": torch.zeros(6, 5, 64), "pooled_prompt_embeds": torch.zeros(6, 64)}, "6 rows for 3 latents"),
+        ({"prompts": "a", "noise_level": 400}, r"must lie in \[0, 1\].*timesteps="),
+        ({"prompts": "a", "noise_level": float("nan")}, r"must lie in \[0, 1\]"),
+        ({"prompts": "a", "noise_level": ()}, "at least one"),
+        ({"prompts": "a", "ensemble": "max"}, "'tokens' or 'mean', got 'max'"),
+        ({"prompts": "a", "batch_size": 0}, "batch_size must be at least 1"),
+        ({"prompts": "a", "seed": [1, 2]}, "2 seeds for 3 latents"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    reward: LatentReward, latents: Tensor, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        reward(latents, **arguments)
+
+
+def test_noisy_scoring_needs_to_know_the_noise(reward: LatentReward, latents: Tensor) -> None:
+    with pytest.raises(ValueError, match="either `noise_level` or `timesteps`"):
+        reward.score_noisy(latents, "a cat")
+    with pytest.raises(ValueError, match="got 2 noise levels for 3 latents"):
+        reward.score_noisy(latents, "a cat", noise_level=[0.1, 0.2])
+    with pytest.raises(ValueError, match="scheduler's range"):
+        reward.score_noisy(latents, "a cat", timesteps=2000)
+    per_row = reward.score_noisy(latents, "a cat", noise_level=[0.1, 0.4, 0.7])
+    torch.testing.assert_close(per_row[1:2], reward.score_noisy(latents[1:2], "a cat", noise_level=0.4))
+    torch.testing.assert_close(
+        per_row, reward.score_noisy(latents, "a cat", noise_level=[0.1, 0.4, 0.7], batch_size=2)
+    )
+
+
+def test_preference_refuses_what_would_break_it(reward: LatentReward, latents: Tensor) -> None:
+    with pytest.raises(ValueError, match="differ in shape"):
+        reward.preference(latents, latents[:2], "a cat")
+    with pytest.raises(ValueError, match="does not take"):
+        reward.preference(latents, latents, "a cat", normalize=True)
+
+
+def test_non_finite_scores_raise(sd3_pipeline: Any, latents: Tensor) -> None:
+    reward = make_reward(sd3_pipeline)
+    with torch.no_grad():
+        reward.model.head.head.bias.fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match="scores of rows"):
+        reward(latents, "a cat", seed=0)
+
+
+def test_another_model_size_is_refused(sd3_pipeline: Any) -> None:
+    config = replace(CONFIG, backbone_config=dict(sd3_pipeline.transformer.config))
+    other = tiny_sd3_transformer(attention_head_dim=16)
+    with pytest.raises(ValueError, match="not the one the reward was trained on.*attention_head_dim"):
+        LatentReward.from_config(config, transformer=other, scheduler=sd3_pipeline.scheduler)
+    with pytest.raises(ValueError, match="reads 9 blocks but this SD3Transformer2DModel has 3"):
+        LatentReward.from_config(replace(CONFIG, num_layers=9), pipeline=sd3_pipeline)
+    with pytest.raises(ValueError, match="returns no text tokens"):
+        LatentReward.from_config(
+            replace(CONFIG, num_layers=3, visual_taps=(3,), text_taps=(3,)), pipeline=sd3_pipeline
+        )
+
+
+def test_a_scheduler_is_needed(sd3_pipeline: Any) -> None:
+    with pytest.raises(ValueError, match="need a scheduler"):
+        LatentReward.from_config(CONFIG, transformer=sd3_pipeline.transformer)
+    with pytest.raises(ValueError, match="names no backbone"):
+        LatentReward.from_config(CONFIG)
+
+
+def test_default_lora_skips_unread_text_projections(sd3_pipeline: Any) -> None:
+    config = replace(CONFIG, text_taps=(1,))
+    reward = LatentReward.from_config(config, pipeline=sd3_pipeline)
+    adapted = [name for name in reward.model.trainable_state() if "transformer_blocks.1" in name]
+    assert adapted
+    assert not [name for name in adapted if "add_" in name]
+    lora = default_lora_config(reward.family, CONFIG)
+    assert (lora.r, lora.lora_alpha, lora.exclude_modules) == (64, 128, None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"visual_taps": (2, 1)}, "increasing block numbers"),
+        ({"visual_taps": (3,)}, "between 1 and num_layers=2"),
+        ({"visual_taps": ()}, "visual_taps is empty"),
+        ({"text_taps": ()}, "text_taps is empty"),
+        ({"score_scale": 0.0}, "score_scale > 0"),
+    ],
+)
+def test_impossible_configs_are_refused(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **overrides)
+
+
+def test_config_round_trip_and_unknown_keys() -> None:
+    assert LatentRewardConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    with pytest.raises(ValueError, match=r"unknown keys.*\['num_layer'\]"):
+        LatentRewardConfig.from_dict({**CONFIG.to_dict(), "num_layer": 3})
+    with pytest.raises(ValueError, match=r"unknown keys in the head configuration"):
+        LatentRewardConfig.from_dict({**CONFIG.to_dict(), "head": {"depth": 3}})
+    with pytest.raises(ValueError, match="incomplete reward configuration"):
+        LatentRewardConfig.from_dict({"family": "sd3"})

@@ -1,0 +1,121 @@
+"""Tiny random diffusers pipelines, built in memory."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+import torch
+
+
+def clip_tokenizer(model_max_length: int = 77) -> Any:
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=model_max_length)
+
+
+def t5_tokenizer(model_max_length: int = 77) -> Any:
+    from transformers import T5TokenizerFast
+
+    letters = string.ascii_letters + string.digits + string.punctuation
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
+    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=model_max_length)
+
+
+def clip_text_encoder(tokenizer: Any, hidden: int = 32) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        projection_dim=hidden,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def t5_encoder(tokenizer: Any, width: int = 64) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=16,
+        d_ff=width,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def tiny_vae(latent_channels: int = 16) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        latent_channels=latent_channels,
+        sample_size=128,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def tiny_sd3_transformer(**overrides: Any) -> Any:
+    """3 blocks of width 32 with one dual-attention block, as in SD3.5."""
+    from diffusers import SD3Transformer2DModel
+
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": 32,
+        "qk_norm": "rms_norm",
+        "dual_attention_layers": (0,),
+    }
+    return SD3Transformer2DModel(**{**config, **overrides}).eval()
+
+
+def tiny_sd3_pipeline(seed: int = 0, **overrides: Any) -> Any:
+    """`StableDiffusion3Pipeline` with character tokenizers and random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
+        return StableDiffusion3Pipeline(
+            transformer=tiny_sd3_transformer(**overrides),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(),
+            text_encoder=clip_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=clip_text_encoder(tokenizer),
+            tokenizer_2=tokenizer,
+            text_encoder_3=t5_encoder(tokenizer_3),
+            tokenizer_3=tokenizer_3,
+            image_encoder=None,
+            feature_extractor=None,
+        )
