@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from dina_reward.families import Backbone, ModelFamily, family_of, get_family
@@ -140,7 +141,7 @@ def _load_denoiser(family: ModelFamily, config: LatentRewardConfig, source: Back
             torch_dtype=source.torch_dtype or torch.float32,
             **source.hub_options,
         )
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise ValueError(
             f"cannot load the backbone {model_id!r} that the reward names: {error}. Pass `pipeline=`, `transformer=`, "
             "or `backbone=` with another id or a local path."

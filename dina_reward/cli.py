@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from dina_reward.console import print_table, reward_path
 
 
 app = typer.Typer(
@@ -30,14 +32,14 @@ PipelineOption = Annotated[
 ]
 
 
-class EnsembleChoice(str, Enum):
+class EnsembleChoice(StrEnum):
     """How several noise levels are combined."""
 
     tokens = "tokens"
     mean = "mean"
 
 
-class DtypeChoice(str, Enum):
+class DtypeChoice(StrEnum):
     """Dtype of the backbone."""
 
     float32 = "float32"
@@ -182,28 +184,6 @@ def main() -> None:
     except ValueError as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
-
-
-def reward_path(name: str) -> str:
-    """Path or id of a reward; ``shapes`` is the shipped one."""
-    if name != "shapes":
-        return name
-    from dina_reward.shapes import weights_dir
-
-    return str(weights_dir() / "sd3-reward")
-
-
-def print_table(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    """Prints a table to the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dina_reward.checkpoint import read_checkpoint, resolve_checkpoint
-from dina_reward.cli import reward_path
+from dina_reward.console import reward_path
 from dina_reward.noise_draws import fold_seed
 from dina_reward.reward import LatentReward
 from dina_reward.scoring import Ensemble
@@ -92,7 +93,7 @@ def load_reward_and_pipeline(request: ScoreRequest) -> tuple[LatentReward, Any]:
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         pipeline = DiffusionPipeline.from_pretrained(model_id, torch_dtype=getattr(torch, request.dtype)).to(device)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise ValueError(
             f"cannot load the pipeline {model_id!r}: {error}. Give another one with --pipeline"
         ) from error

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dina_reward.families.base import Backbone, Conditioning, ModelFamily, TapFeatures
+from dina_reward.families import Backbone, Conditioning, ModelFamily, TapFeatures, get_family
 from dina_reward.head import RewardHead, RewardHeadConfig
 
 
@@ -156,10 +156,6 @@ class LatentRewardModel(nn.Module):
         """Keeps block activations for the backward pass."""
         self._truncated.gradient_checkpointing = False
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Name under which `transformers.Trainer` calls `enable_gradient_checkpointing`."""
-        self.enable_gradient_checkpointing()
-
     @property
     def _truncated(self) -> Backbone:
         return self.backbone.get_base_model()  # type: ignore[return-value]
@@ -199,9 +195,7 @@ class LatentRewardModel(nn.Module):
         return self.head(self.features(noisy_latents, timestep, conditioning, prompt_index), num_levels)
 
 
-def default_lora_config(
-    family: ModelFamily, config: LatentRewardConfig, *, rank: int = 64, alpha: int | None = None
-) -> LoraConfig:
+def default_lora_config(config: LatentRewardConfig, *, rank: int = 64, alpha: int | None = None) -> LoraConfig:
     """The published LoRA: gaussian initialisation, ``alpha = 2 rank``, every attention projection.
 
     Where the last text tap lies before the last block, that block's text projections are left alone.
@@ -212,6 +206,6 @@ def default_lora_config(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         init_lora_weights="gaussian",
-        target_modules=list(family.reward_lora_targets),
+        target_modules=list(get_family(config.family).reward_lora_targets),
         exclude_modules=last if unread else None,
     )

@@ -136,7 +136,7 @@ class LatentReward:
             pipeline, transformer, scheduler, share_backbone, torch_dtype=torch_dtype, device=device
         )
         attached = attach_backbone(config, source)
-        lora_config = lora_config or default_lora_config(get_family(config.family), config)
+        lora_config = lora_config or default_lora_config(config)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             reward = cls(attached, lora_config, pipeline=pipeline, prompt_cache_size=prompt_cache_size)

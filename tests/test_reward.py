@@ -343,7 +343,7 @@ def test_default_lora_skips_unread_text_projections(sd3_pipeline: Any) -> None:
     adapted = [name for name in reward.model.trainable_state() if "transformer_blocks.1" in name]
     assert adapted
     assert not [name for name in adapted if "add_" in name]
-    lora = default_lora_config(reward.family, CONFIG)
+    lora = default_lora_config(CONFIG)
     assert (lora.r, lora.lora_alpha, lora.exclude_modules) == (64, 128, None)
 
 

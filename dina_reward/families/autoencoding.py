@@ -39,9 +39,9 @@ def encode_kl(pipeline: Any, images: Sequence[Image.Image], multiple: int) -> Te
 
 
 @torch.no_grad()
-def decode_kl(pipeline: Any, latents: Tensor) -> list[Image.Image]:
-    """Images of scaled latents of shape ``(batch, channels, height, width)``."""
+def decode_kl(pipeline: Any, latents: Tensor) -> Tensor:
+    """Images in [0, 1], shape ``(batch, 3, height, width)``, of scaled latents ``(batch, channels, height, width)``."""
     vae = pipeline.vae
     unscaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     pixels = vae.decode(unscaled.to(vae.device, vae.dtype), return_dict=False)[0]
-    return pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+    return pipeline.image_processor.postprocess(pixels.float(), output_type="pt")

@@ -165,8 +165,8 @@ class ModelFamily(ABC):
         """Scaled latents of images of one size, float32, by the pipeline's VAE."""
 
     @abstractmethod
-    def decode_latents(self, pipeline: Any, latents: Tensor) -> list[Image.Image]:
-        """Images of scaled latents, by the pipeline's VAE; never called in training."""
+    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Images in [0, 1], shape ``(batch, 3, height, width)``, by the pipeline's VAE; never called in training."""
 
     @abstractmethod
     def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:

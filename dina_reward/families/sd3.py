@@ -187,7 +187,7 @@ class SD3Family(ModelFamily):
     def encode_images(self, pipeline: Any, images: Sequence[Image.Image]) -> Tensor:
         return encode_kl(pipeline, images, multiple=pipeline.vae_scale_factor * pipeline.patch_size)
 
-    def decode_latents(self, pipeline: Any, latents: Tensor) -> list[Image.Image]:
+    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
         return decode_kl(pipeline, latents)
 
     def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:

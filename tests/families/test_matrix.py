@@ -185,8 +185,10 @@ def test_unknown_family_names_the_known_ones() -> None:
 
 def test_images_and_latents_round_trip_in_shape(setup: Setup) -> None:
     shape = setup.family.latent_shape(setup.pipeline, 64, 64, setup.denoiser.config)
-    images = setup.family.decode_latents(setup.pipeline, torch.randn(2, *shape))
-    assert [image.size for image in images] == [(64, 64)] * 2
+    pixels = setup.family.decode_latents(setup.pipeline, torch.randn(2, *shape))
+    assert pixels.shape == (2, 3, 64, 64)
+    assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
+    images = setup.pipeline.image_processor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
     latents = setup.family.encode_images(setup.pipeline, images)
     assert latents.shape == (2, *shape)
     assert latents.dtype == torch.float32

@@ -1,0 +1,171 @@
+"""Which rows a training run generates and trains on: a map-style dataset of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset
+
+from dina_reward.alignment.seeding import Stream, generator_from
+
+
+class PromptDataset(Protocol):
+    """Anything with a length and integer indexing: a `datasets.Dataset`, a list of strings or of dictionaries."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def prompt_row(dataset: PromptDataset, index: int) -> dict[str, Any]:
+    """One row as a dictionary with a ``"prompt"``.
+
+    Raises:
+        ValueError: the row is neither a string nor a mapping with a string under ``"prompt"``.
+    """
+    row = dataset[index]
+    if isinstance(row, str):
+        return {"prompt": row}
+    if isinstance(row, Mapping) and isinstance(row.get("prompt"), str):
+        return dict(row)
+    found = f"columns {sorted(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+    raise ValueError(
+        f"row {index} of the prompt dataset is {found}; expected a string or a row with a 'prompt' string"
+    )
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows turned into columns, with ``"prompt"`` renamed to ``"prompts"``."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {"prompts": columns.pop("prompt"), **columns}
+
+
+@dataclass(frozen=True)
+class BatchGeometry:
+    """How the rows of a generation batch are split.
+
+    A generation batch is ``num_chunks`` chunks, and a chunk is ``num_processes`` micro-batches. Rows are numbered over
+    all ranks; members of a group are neighbours.
+
+    Args:
+        batch_size (`int`): rows of a micro-batch, on one rank.
+        num_processes (`int`): ranks.
+        num_chunks (`int`): micro-batches that a rank makes out of one generation batch (`steps_per_generation`).
+        num_generations (`int`): rows that share a prompt.
+        num_iterations (`int`): passes over a generation batch.
+    """
+
+    batch_size: int
+    num_processes: int
+    num_chunks: int
+    num_generations: int
+    num_iterations: int
+
+    def __post_init__(self) -> None:
+        if self.rows % self.num_generations:
+            raise ValueError(
+                f"the generation batch has {self.rows} rows (per_device_train_batch_size {self.batch_size} x "
+                f"{self.num_processes} processes x steps_per_generation {self.num_chunks}), which is not divisible by "
+                f"num_generations {self.num_generations}; change one of them so that groups are whole"
+            )
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk over all ranks."""
+        return self.batch_size * self.num_processes
+
+    @property
+    def rows(self) -> int:
+        """Rows of a generation batch over all ranks."""
+        return self.chunk_rows * self.num_chunks
+
+    @property
+    def groups(self) -> int:
+        """Prompts of a generation batch."""
+        return self.rows // self.num_generations
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps between two generations."""
+        return self.num_chunks * self.num_iterations
+
+    def rows_of(self, chunk: int, process_index: int) -> range:
+        """Rows of one micro-batch."""
+        start = chunk * self.chunk_rows + process_index * self.batch_size
+        return range(start, start + self.batch_size)
+
+
+class PromptRollouts(Dataset[dict[str, int]]):
+    """Every row of every micro-step of an epoch, in the order in which it is trained.
+
+    Item ``i`` holds integers only: the ``generation`` it belongs to, the ``iteration`` over that generation batch and
+    the ``row`` in it. Sharding the batches over ranks gives every rank the rows of `BatchGeometry.rows_of`. Chunks come
+    in order in the first iteration and in an order drawn from ``(seed, generation, iteration)`` in later ones; the rows
+    inside a chunk stay together. An epoch is about one pass over the prompts.
+
+    Args:
+        dataset (`PromptDataset`): the prompts, with any other columns.
+        geometry (`BatchGeometry`): the batch.
+        gradient_accumulation_steps (`int`): an epoch is a whole number of optimizer steps.
+        seed (`int`): order of prompts and chunks.
+    """
+
+    def __init__(
+        self, dataset: PromptDataset, geometry: BatchGeometry, *, gradient_accumulation_steps: int = 1, seed: int = 0
+    ) -> None:
+        if len(dataset) == 0:
+            raise ValueError("train_dataset has no prompts")
+        self.dataset = dataset
+        self.geometry = geometry
+        self.seed = seed
+        self.epoch = 0
+        per_step = max(1, gradient_accumulation_steps // geometry.micro_steps)
+        passes = -(-len(dataset) // geometry.groups)
+        self.generations_per_epoch = -(-passes // per_step) * per_step
+        self._orders: dict[int, list[int]] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader at the start of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.generations_per_epoch * self.geometry.num_iterations * self.geometry.rows
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        passes, position = divmod(index, self.geometry.rows)
+        generation, iteration = divmod(passes, self.geometry.num_iterations)
+        generation += self.epoch * self.generations_per_epoch
+        chunk, offset = divmod(position, self.geometry.chunk_rows)
+        row = self.chunk_order(generation, iteration)[chunk] * self.geometry.chunk_rows + offset
+        return {"generation": generation, "iteration": iteration, "row": row}
+
+    def chunk_order(self, generation: int, iteration: int) -> list[int]:
+        """Chunk numbers in the order in which an iteration trains them."""
+        chunks = list(range(self.geometry.num_chunks))
+        if iteration == 0:
+            return chunks
+        generator = generator_from(self.seed, Stream.CHUNK_ORDER, generation, iteration)
+        return torch.randperm(len(chunks), generator=generator).tolist()
+
+    def group_of(self, row: int) -> int:
+        """Group number, inside its generation batch, of a row."""
+        return row // self.geometry.num_generations
+
+    def rows(self, generation: int, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Dataset rows (``prompt`` and other columns) behind these rows of a generation batch."""
+        groups = [self.group_of(row) for row in rows]
+        found = {group: self._prompt(generation * self.geometry.groups + group) for group in sorted(set(groups))}
+        return [found[group] for group in groups]
+
+    def _prompt(self, position: int) -> dict[str, Any]:
+        """Element of the endless stream of shuffled passes over the prompts."""
+        number, index = divmod(position, len(self.dataset))
+        if number not in self._orders:
+            generator = generator_from(self.seed, Stream.PROMPT_ORDER, number)
+            # A generation batch may span two passes; older ones are not needed again.
+            self._orders = {key: order for key, order in self._orders.items() if key >= number - 1}
+            self._orders[number] = torch.randperm(len(self.dataset), generator=generator).tolist()
+        return prompt_row(self.dataset, self._orders[number][index])

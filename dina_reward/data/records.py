@@ -1,0 +1,145 @@
+"""The preference record: a prompt, two latents, and how sure we are that the first is the better one.
+
+| column | content |
+|---|---|
+| ``prompt`` | text |
+| ``chosen``, ``rejected`` | clean latents in the family's layout, ``(channels, height, width)`` for unpacked families |
+| ``p_chosen`` | optional: probability that ``chosen`` is preferred, in ``[0, 1]``; default 1, a tie is 0.5 |
+| ``weight`` | optional: factor of the pair's loss; default 1 |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+REQUIRED_COLUMNS = ("prompt", "chosen", "rejected")
+OPTIONAL_COLUMNS = ("p_chosen", "weight")
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One validated preference.
+
+    Args:
+        prompt: text both latents were generated for.
+        chosen, rejected (`Tensor`): clean latents of one shape, floating point.
+        p_chosen: probability that ``chosen`` is preferred.
+        weight: factor of the pair's loss.
+    """
+
+    prompt: str
+    chosen: Tensor
+    rejected: Tensor
+    p_chosen: float = 1.0
+    weight: float = 1.0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> PreferencePair:
+        """Reads a row of a dataset; latents may be tensors, numpy arrays or nested lists. Other columns are ignored.
+
+        Raises:
+            ValueError: a column is missing, or its value cannot be used; the message names it.
+        """
+        check_columns(record.keys())
+        prompt = record["prompt"]
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be text, got {type(prompt).__name__}: {prompt!r}")
+        chosen, rejected = (_latent(record[name], name, prompt) for name in ("chosen", "rejected"))
+        if chosen.shape != rejected.shape:
+            raise ValueError(
+                f"the two latents of a pair differ in shape: chosen {tuple(chosen.shape)}, rejected "
+                f"{tuple(rejected.shape)} (prompt {prompt!r}). Compare images of one resolution."
+            )
+        p_chosen = _number(record.get("p_chosen"), 1.0, "p_chosen", prompt)
+        if not 0 <= p_chosen <= 1:
+            raise ValueError(f"p_chosen must lie in [0, 1], got {p_chosen} (prompt {prompt!r})")
+        weight = _number(record.get("weight"), 1.0, "weight", prompt)
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"weight must be finite and not negative, got {weight} (prompt {prompt!r})")
+        return cls(prompt, chosen, rejected, p_chosen, weight)
+
+
+class PreferenceBatch(TypedDict):
+    """Batch of ``pairs`` preferences.
+
+    ``chosen`` and ``rejected`` have shape ``(pairs, ...)``, ``p_chosen`` and ``weight`` shape ``(pairs,)``, float32.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    p_chosen: Tensor
+    weight: Tensor
+    prompts: list[str]
+
+
+def collate_preferences(records: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+    """Data collator: validates records and stacks them into a batch.
+
+    Raises:
+        ValueError: a record is unusable, or the batch mixes latent shapes.
+    """
+    pairs = [PreferencePair.from_record(record) for record in records]
+    shapes = {tuple(pair.chosen.shape) for pair in pairs}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"one batch mixes latents of the shapes {sorted(shapes)}; group the dataset by resolution, "
+            "or use a batch size of 1 per device with gradient accumulation"
+        )
+    return {
+        "chosen": torch.stack([pair.chosen for pair in pairs]),
+        "rejected": torch.stack([pair.rejected for pair in pairs]),
+        "p_chosen": torch.tensor([pair.p_chosen for pair in pairs]),
+        "weight": torch.tensor([pair.weight for pair in pairs]),
+        "prompts": [pair.prompt for pair in pairs],
+    }
+
+
+def check_columns(columns: Any) -> None:
+    """Raises a `ValueError` that lists the columns when a required one is missing."""
+    missing = [name for name in REQUIRED_COLUMNS if name not in columns]
+    if missing:
+        raise ValueError(
+            f"preference records lack the columns {missing}; they have {sorted(columns)}. "
+            f"Expected {list(REQUIRED_COLUMNS)} and optionally {list(OPTIONAL_COLUMNS)}."
+        )
+
+
+def _latent(value: Any, name: str, prompt: str) -> Tensor:
+    try:
+        latent = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is no array of numbers (prompt {prompt!r}): {error}") from None
+    if latent.ndim < 2 or latent.numel() == 0:
+        raise ValueError(
+            f"{name} has shape {tuple(latent.shape)} (prompt {prompt!r}); expected one latent without batch dimension, "
+            "e.g. (channels, height, width)"
+        )
+    if not latent.is_floating_point():
+        if latent.dtype in (torch.uint8, torch.int8, torch.bool) or latent.is_complex():
+            raise ValueError(
+                f"{name} has dtype {latent.dtype} (prompt {prompt!r}), which looks like pixels; encode images with the "
+                "pipeline's VAE first"
+            )
+        latent = latent.float()
+    if latent.dtype == torch.float64:
+        latent = latent.float()
+    if not bool(torch.isfinite(latent).all()):
+        raise ValueError(f"{name} holds NaN or infinite values (prompt {prompt!r})")
+    return latent
+
+
+def _number(value: Any, default: float, name: str, prompt: str) -> float:
+    if value is None:
+        return default
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r} (prompt {prompt!r})") from None

@@ -1,0 +1,185 @@
+"""Preference datasets in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dina_reward.atomic import atomic_directory
+from dina_reward.data.records import check_columns, collate_preferences
+
+
+if TYPE_CHECKING:
+    import datasets
+
+TENSORS_NAME = "preferences.safetensors"
+PROMPTS_NAME = "prompts.json"
+
+
+class LatentPreferenceDataset(Dataset[dict[str, Any]]):
+    """Preferences whose latents all have one shape, held in memory; a row is a preference record.
+
+    Example:
+        >>> dataset = LatentPreferenceDataset(prompts, chosen=better_latents, rejected=worse_latents)
+        >>> dataset.save("preferences")
+        >>> dataset = LatentPreferenceDataset.load("preferences")
+
+    Args:
+        prompts: one per pair.
+        chosen, rejected (`Tensor`): clean latents, shape ``(pairs, ...)``.
+        p_chosen, weight (`Tensor`, *optional*): shape ``(pairs,)``; one by default.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        chosen: Tensor,
+        rejected: Tensor,
+        p_chosen: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        self.prompts = list(prompts)
+        pairs = len(self.prompts)
+        if chosen.shape != rejected.shape or chosen.shape[0] != pairs:
+            raise ValueError(
+                f"got {pairs} prompts, chosen latents of shape {tuple(chosen.shape)} and rejected latents of shape "
+                f"{tuple(rejected.shape)}; expected one prompt per row and equal shapes"
+            )
+        self.chosen, self.rejected = chosen, rejected
+        self.p_chosen = torch.ones(pairs) if p_chosen is None else p_chosen
+        self.weight = torch.ones(pairs) if weight is None else weight
+        for name, values in (("p_chosen", self.p_chosen), ("weight", self.weight)):
+            if values.shape != (pairs,):
+                raise ValueError(f"{name} has shape {tuple(values.shape)}; expected ({pairs},), one value per pair")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "prompt": self.prompts[index],
+            "chosen": self.chosen[index],
+            "rejected": self.rejected[index],
+            "p_chosen": float(self.p_chosen[index]),
+            "weight": float(self.weight[index]),
+        }
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, Any]]) -> LatentPreferenceDataset:
+        """Validates and stacks preference records.
+
+        Raises:
+            ValueError: there are none, one is unusable, or their latents differ in shape.
+        """
+        rows = list(records)
+        if not rows:
+            raise ValueError("got no preference records")
+        batch = collate_preferences(rows)
+        return cls(batch["prompts"], batch["chosen"], batch["rejected"], batch["p_chosen"], batch["weight"])
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes ``preferences.safetensors`` and ``prompts.json``; the directory is replaced as a whole."""
+        tensors = {name: getattr(self, name).contiguous() for name in ("chosen", "rejected", "p_chosen", "weight")}
+        with atomic_directory(directory) as staging:
+            save_file(tensors, staging / TENSORS_NAME, metadata={"format": "pt"})
+            (staging / PROMPTS_NAME).write_text(json.dumps(self.prompts, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> LatentPreferenceDataset:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: a file is missing or damaged, or their lengths differ.
+        """
+        tensors_path, prompts_path = Path(directory, TENSORS_NAME), Path(directory, PROMPTS_NAME)
+        for path in (tensors_path, prompts_path):
+            if not path.is_file():
+                raise ValueError(f"{path} is missing; expected {TENSORS_NAME} and {PROMPTS_NAME} in {directory}")
+        try:
+            tensors = load_file(tensors_path)
+            prompts = json.loads(prompts_path.read_text(encoding="utf-8"))
+        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"the preferences in {directory} are damaged: {error}") from error
+        check_columns(["prompt", *tensors])
+        return cls(prompts, tensors["chosen"], tensors["rejected"], tensors.get("p_chosen"), tensors.get("weight"))
+
+
+def load_preferences(path: str | os.PathLike[str], split: str = "train") -> LatentPreferenceDataset | datasets.Dataset:
+    """Opens preferences on disk or on the hub.
+
+    Args:
+        path: a directory written by `LatentPreferenceDataset.save` or by `datasets.Dataset.save_to_disk`, a parquet
+            file, a directory of parquet files, or the hub id of a dataset.
+        split: split to read from a `DatasetDict`, from parquet files in a directory (``split-*.parquet``, or all of
+            them for ``train`` when none is named so) or from the hub.
+
+    Raises:
+        ValueError: nothing readable there, or required columns are missing.
+    """
+    import datasets
+
+    location = Path(path)
+    if (location / TENSORS_NAME).exists():
+        return LatentPreferenceDataset.load(location)
+    if location.is_file() and location.suffix == ".parquet":
+        return preference_rows(datasets.load_dataset("parquet", data_files=str(location), split="train"))
+    if not location.exists():
+        return preference_rows(_from_hub(str(path), split))
+    if (location / "dataset_info.json").exists() or (location / "dataset_dict.json").exists():
+        loaded = datasets.load_from_disk(str(location))
+        return preference_rows(_pick_split(loaded, split, location))
+    files = sorted(str(file) for file in location.glob("*.parquet")) if location.is_dir() else []
+    named = [file for file in files if Path(file).name.startswith(f"{split}-")]
+    if not (named or (files and split == "train")):
+        found = sorted(entry.name for entry in location.iterdir())[:8] if location.is_dir() else "a file"
+        raise ValueError(
+            f"{location} holds no preferences for the split {split!r}: expected {TENSORS_NAME}, a saved "
+            f"datasets.Dataset or parquet files, found {found}"
+        )
+    return preference_rows(datasets.load_dataset("parquet", data_files=named or files, split="train"))
+
+
+def preference_rows(dataset: Any) -> Any:
+    """Checks the columns of a dataset and makes a `datasets.Dataset` return latents as tensors, not nested lists.
+
+    Other sequences of records are returned as they are, after a look at the first one; streams without one.
+
+    Raises:
+        ValueError: required columns are missing, or the dataset is empty.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(columns, list) and hasattr(dataset, "format"):
+        check_columns(columns)
+        return dataset.with_format("torch") if dataset.format["type"] is None else dataset
+    if not hasattr(dataset, "__len__"):
+        return dataset
+    if len(dataset) == 0:
+        raise ValueError("the preference dataset is empty")
+    check_columns(dataset[0].keys())
+    return dataset
+
+
+def _from_hub(name: str, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(f"{name!r} is neither a path here nor a dataset that can be downloaded: {error}") from error
+
+
+def _pick_split(loaded: Any, split: str, location: Path) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"{location} has no split {split!r}; it has {sorted(loaded)}")
+    return loaded[split]

@@ -1,0 +1,170 @@
+"""Scores of preference pairs at several noise levels and for an ensemble, with fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dina_reward.data.records import PreferenceBatch, collate_preferences
+from dina_reward.likelihood import ThurstoneModel, thurstone_preference
+from dina_reward.noise_draws import fold_seed
+
+
+if TYPE_CHECKING:
+    from dina_reward.reward import LatentReward
+
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class PairProtocol:
+    """How pairs are scored: every listed level on its own, and one ensemble. A column of results is called a *setting*.
+
+    Both sides of a pair see the same noise, which depends on the seed and the pair's position in the dataset alone.
+
+    Args:
+        noise_levels: levels, each evaluated on its own.
+        ensemble_levels: levels of the ensemble, or ``None`` for no ensemble.
+        ensemble: ``"tokens"`` or ``"mean"``, see `LatentReward.score`.
+        seed: seed of the noise.
+    """
+
+    noise_levels: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+    ensemble_levels: tuple[float, ...] | None = (0.2, 0.5, 0.7)
+    ensemble: Literal["tokens", "mean"] = "tokens"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.noise_levels and not self.ensemble_levels:
+            raise ValueError("nothing to evaluate: give noise_levels, ensemble_levels or both")
+        if len(set(self.noise_levels)) != len(self.noise_levels):
+            raise ValueError(f"noise_levels repeats a level: {self.noise_levels}")
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the settings: the levels, then ``"ensemble"``."""
+        return (*(f"{level:g}" for level in self.noise_levels), *([ENSEMBLE] if self.ensemble_levels else []))
+
+    def variances(self, model: ThurstoneModel) -> Tensor:
+        """Thurstone variance of each setting, shape ``(settings,)``; an ensemble has the mean over its levels."""
+        groups = [(level,) for level in self.noise_levels] + ([self.ensemble_levels] if self.ensemble_levels else [])
+        return torch.stack([model.variance(torch.tensor(levels)).mean() for levels in groups])
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of a dataset of pairs.
+
+    Args:
+        chosen, rejected (`Tensor`): scores, shape ``(pairs, settings)``, float32, on the CPU.
+        p_chosen (`Tensor`): labels, shape ``(pairs,)``.
+        protocol (`PairProtocol`): how they were made; names the settings.
+        thurstone (`ThurstoneModel`): the reward's likelihood.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    p_chosen: Tensor
+    protocol: PairProtocol
+    thurstone: ThurstoneModel
+
+    @property
+    def margins(self) -> Tensor:
+        """Chosen minus rejected score, shape ``(pairs, settings)``."""
+        return self.chosen - self.rejected
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Predicted probability that ``chosen`` is preferred, shape ``(pairs, settings)``."""
+        return thurstone_preference(self.margins, self.protocol.variances(self.thurstone))
+
+    def column(self, setting: str) -> int:
+        """Column of a setting.
+
+        Raises:
+            ValueError: there is no such setting.
+        """
+        if setting not in self.protocol.settings:
+            raise ValueError(f"no setting {setting!r}; this evaluation has {', '.join(self.protocol.settings)}")
+        return self.protocol.settings.index(setting)
+
+
+@torch.no_grad()
+def score_batch(
+    reward: LatentReward, batch: PreferenceBatch, protocol: PairProtocol, first_position: int
+) -> tuple[Tensor, Tensor]:
+    """Scores one batch of pairs.
+
+    Args:
+        reward: the reward.
+        batch: collated pairs, on any device.
+        protocol: levels, ensemble and seed.
+        first_position: position of the batch's first pair in the dataset.
+
+    Returns:
+        Scores of the chosen and of the rejected sides, each of shape ``(pairs, settings)``.
+    """
+    latents = torch.cat([batch["chosen"], batch["rejected"]]).to(reward.device)
+    prompts = batch["prompts"] * 2
+    seeds = [fold_seed(protocol.seed, first_position + row) for row in range(len(batch["prompts"]))] * 2
+    columns = []
+    if protocol.noise_levels:
+        output = reward.score(latents, prompts, noise_level=protocol.noise_levels, ensemble="mean", seed=seeds)
+        columns.append(output.level_scores)
+    if protocol.ensemble_levels:
+        scores = reward(latents, prompts, noise_level=protocol.ensemble_levels, ensemble=protocol.ensemble, seed=seeds)
+        columns.append(scores[:, None])
+    chosen, rejected = torch.cat(columns, dim=1).chunk(2)
+    return chosen, rejected
+
+
+def score_pairs(
+    reward: LatentReward,
+    pairs: Iterable[Mapping[str, Any]],
+    protocol: PairProtocol | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> PairScores:
+    """Scores a dataset of preference records.
+
+    Args:
+        reward: the reward.
+        pairs: preference records (see `dina_reward.data`): a dataset, a list, any iterable.
+        protocol: levels, ensemble and seed; defaults to the published benchmark's levels.
+        batch_size: pairs per batch; does not change results.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no pairs, or an unusable record.
+    """
+    protocol = protocol or PairProtocol()
+    total = len(pairs) if isinstance(pairs, Sized) else None
+    chosen, rejected, p_chosen, position = [], [], [], 0
+    with tqdm(total=total, desc="scoring pairs", unit="pair", disable=not progress) as bar:
+        for records in _batches(pairs, batch_size):
+            batch = collate_preferences(records)
+            scores = score_batch(reward, batch, protocol, position)
+            chosen.append(scores[0].cpu())
+            rejected.append(scores[1].cpu())
+            p_chosen.append(batch["p_chosen"])
+            position += len(records)
+            bar.update(len(records))
+    if not chosen:
+        raise ValueError("got no preference pairs to evaluate")
+    thurstone = ThurstoneModel(reward.config.variance_scale, reward.config.variance_offset)
+    return PairScores(torch.cat(chosen), torch.cat(rejected), torch.cat(p_chosen), protocol, thurstone)
+
+
+def _batches(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch

@@ -1,0 +1,90 @@
+"""A miniature text-to-image world for running everything in this package for real, offline, on a CPU.
+
+It has a caption grammar, a renderer, an oracle that reads images, and shipped weights: a real `StableDiffusion3Pipeline`
+that draws well but listens badly, and a `LatentReward` trained on the oracle's preferences.
+
+Example:
+    from dina_reward.shapes import Oracle, load_pipeline, sample_prompts
+
+    pipeline = load_pipeline()
+    prompts = sample_prompts(8, "held_out", seed=0)
+    images = pipeline(prompts, num_inference_steps=10, guidance_scale=1.0, output_type="pt").images
+    print(Oracle()(images, prompts).fit)
+
+Public names load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from dina_reward.shapes.autoencoder import decode_latents, encode_images
+    from dina_reward.shapes.degradations import degrade
+    from dina_reward.shapes.evaluation import PipelineEvaluation, evaluate_pipeline
+    from dina_reward.shapes.generator import sample_latents
+    from dina_reward.shapes.oracle import Oracle, OracleScores, Reading
+    from dina_reward.shapes.preferences import PreferencePairs, build_pool, sample_pairs
+    from dina_reward.shapes.prompts import Scene, all_scenes, sample_prompts, sample_scenes
+    from dina_reward.shapes.renderer import render
+    from dina_reward.shapes.shipped import load_pipeline, load_reward, weights_dir
+
+_EXPORTS = {
+    "Oracle": "oracle",
+    "OracleScores": "oracle",
+    "PipelineEvaluation": "evaluation",
+    "PreferencePairs": "preferences",
+    "Reading": "oracle",
+    "Scene": "prompts",
+    "all_scenes": "prompts",
+    "build_pool": "preferences",
+    "decode_latents": "autoencoder",
+    "degrade": "degradations",
+    "encode_images": "autoencoder",
+    "evaluate_pipeline": "evaluation",
+    "load_pipeline": "shipped",
+    "load_reward": "shipped",
+    "render": "renderer",
+    "sample_latents": "generator",
+    "sample_pairs": "preferences",
+    "sample_prompts": "prompts",
+    "sample_scenes": "prompts",
+    "weights_dir": "shipped",
+}
+
+__all__ = [
+    "Oracle",
+    "OracleScores",
+    "PipelineEvaluation",
+    "PreferencePairs",
+    "Reading",
+    "Scene",
+    "all_scenes",
+    "build_pool",
+    "decode_latents",
+    "degrade",
+    "encode_images",
+    "evaluate_pipeline",
+    "load_pipeline",
+    "load_reward",
+    "render",
+    "sample_latents",
+    "sample_pairs",
+    "sample_prompts",
+    "sample_scenes",
+    "weights_dir",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'dina_reward.shapes' has no attribute {name!r}")
+    value = getattr(import_module(f"dina_reward.shapes.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

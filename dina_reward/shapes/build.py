@@ -1,0 +1,126 @@
+"""Builds everything that the shapes world ships: `python -m dina_reward.shapes.build --output DIR`.
+
+| stage | makes | from |
+|---|---|---|
+| vae | `vae/` | renders |
+| generator | `sd3/`, the pipeline | `vae/` |
+| preferences | `preferences/train.safetensors`, `preferences/held_out.safetensors` | `sd3/` |
+| reward | `sd3-reward/` | `sd3/`, `preferences/` |
+
+A finished stage is kept: run the command again to continue after an interruption, or name a stage with `--force` to
+make it anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+
+from dina_reward.atomic import atomic_directory
+
+from .autoencoder import reconstruction_psnr, train_autoencoder
+from .evaluation import evaluate_pipeline
+from .generator import train_generator
+from .preferences import PreferencePairs, build_pool, sample_pairs
+from .prompts import sample_scenes
+from .renderer import render
+from .reward import evaluate_reward, train_reward
+
+
+POOL_SIZES = {"train": 4096, "held_out": 1024}
+"""Latents of each of the five sources."""
+
+PAIR_COUNTS = {"train": 60000, "held_out": 8000}
+
+
+def build_vae(output: Path, seed: int = 0) -> None:
+    """Train the autoencoder and write it to `output/vae` in half precision."""
+    vae = train_autoencoder(seed=seed)
+    images = render(sample_scenes(512, "held_out", seed=seed + 1), torch.Generator().manual_seed(seed + 1))
+    print(f"reconstruction of held-out renders: {reconstruction_psnr(vae, images):.1f} dB")
+    with atomic_directory(output / "vae") as directory:
+        vae.half().save_pretrained(directory)
+
+
+def build_generator(output: Path, seed: int = 0) -> None:
+    """Train the generator and write the pipeline to `output/sd3`, transformer and autoencoder in half precision."""
+    vae = AutoencoderKL.from_pretrained(output / "vae")
+    pipeline = train_generator(vae.eval().requires_grad_(False), seed=seed)
+    print(evaluate_pipeline(pipeline, seed=seed))
+    pipeline.transformer.half()
+    pipeline.vae.half()
+    with atomic_directory(output / "sd3") as directory:
+        pipeline.save_pretrained(directory)
+
+
+def build_preferences(output: Path, seed: int = 0) -> None:
+    """Sample, read and pair latents, and write the labelled pairs of both splits to `output/preferences`."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(output / "sd3")
+    with atomic_directory(output / "preferences") as directory:
+        for offset, split in enumerate(POOL_SIZES):
+            pool = build_pool(pipeline, split, POOL_SIZES[split], seed=seed + offset)
+            pairs = sample_pairs(pool, split, PAIR_COUNTS[split], seed=seed + offset)
+            pairs.save(directory / f"{split}.safetensors")
+            errors = (pairs.gap < 0).float().mean()
+            print(f"{split}: {len(pairs)} pairs, {100 * errors:.1f} % of the labels are errors")
+
+
+def build_reward(output: Path, seed: int = 0) -> None:
+    """Train the latent reward on the preferences, print its held-out accuracy and write it to `output/sd3-reward`."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(output / "sd3")
+    pairs = {split: PreferencePairs.load(output / "preferences" / f"{split}.safetensors") for split in POOL_SIZES}
+    reward = train_reward(pipeline, pairs["train"], output / "reward-training", seed=seed)
+    report = evaluate_reward(reward, pairs["held_out"])
+    print(report.table(), report.calibration_table("0.4"), sep="\n\n")
+    reward.save_pretrained(output / "sd3-reward")
+
+
+STAGES = {
+    "vae": (build_vae, "vae"),
+    "generator": (build_generator, "sd3"),
+    "preferences": (build_preferences, "preferences"),
+    "reward": (build_reward, "sd3-reward"),
+}
+"""Each stage's function and the directory it makes."""
+
+
+def build(output: str | Path, stages: list[str], force: bool = False, seed: int = 0) -> None:
+    """Run stages in order, leaving out those whose directory is there already.
+
+    Args:
+        output (str | Path): where everything goes.
+        stages (list[str]): names in `STAGES`.
+        force (bool): make the named stages anew even if they are there.
+        seed (int): seeds every stage.
+    """
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown:
+        raise ValueError(f"Unknown stages {', '.join(unknown)}; expected some of {', '.join(STAGES)}.")
+    output = Path(output)
+    for name, (function, directory) in STAGES.items():
+        if name not in stages:
+            continue
+        if (output / directory).exists() and not force:
+            print(f"{name}: {output / directory} is there already (--force makes it anew)")
+            continue
+        start = time.perf_counter()
+        function(output, seed=seed)
+        print(f"{name}: wrote {output / directory} in {time.perf_counter() - start:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the shapes world's weights.")
+    parser.add_argument("--output", type=Path, required=True, help="directory to write to")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="what to build")
+    parser.add_argument("--force", action="store_true", help="make the named stages anew even if they are there")
+    parser.add_argument("--seed", type=int, default=0, help="seeds every stage")
+    arguments = parser.parse_args()
+    build(arguments.output, arguments.stages, force=arguments.force, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Preference pairs of latents, labelled by the oracle with a known amount of label noise.
+
+Images come first, captions after: a pool of latents is read once by the oracle, and since the reading tells how well a
+latent fits *any* caption, as many pairs as wanted can be drawn from it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .autoencoder import decode_latents, encode_images
+from .degradations import degrade
+from .generator import JITTER, sample_latents
+from .oracle import FIT_WEIGHT, Oracle
+from .prompts import ATTRIBUTES, Scene, all_scenes, sample_prompts, sample_scenes
+from .renderer import render
+
+
+LABEL_NOISE = 0.1
+"""Deviation of the labeller's error in quality: P(a > b) = Phi((quality_a - quality_b) / 0.1)."""
+
+NEGLIGIBLE_GAP = 0.1
+"""Pairs whose qualities differ by less (half an attribute) are left out of accuracies."""
+
+SOURCES = ("render", "degraded", "perturbed", "ode", "cps")
+"""Where latents come from: encoded renders, encoded degraded renders, either of these or samples with noise added to
+the latent, and samples of the generator drawn without and with fresh noise in each step."""
+
+SOURCE_WEIGHTS = {"render": 0.15, "degraded": 0.15, "perturbed": 0.15, "ode": 0.2, "cps": 0.35}
+"""Share of each source in the pairs."""
+
+MATCH_WEIGHTS = {4: 0.3, 3: 0.3, 2: 0.22, 1: 0.13, 0: 0.05}
+"""Share of latents that have so many of the caption's four attributes."""
+
+CPS_ETA = 0.8
+
+
+class PreferenceRecord(TypedDict):
+    """One preference.
+
+    `chosen` and `rejected` are scaled latents of shape (8, 8, 8); `p_chosen` is the probability with which the
+    labeller prefers `chosen`, below one half where the label is an error; `gap` is the quality of `chosen` minus that
+    of `rejected`; `kind` names the sources of the two, for example "cps-render".
+    """
+
+    prompt: str
+    chosen: Tensor
+    rejected: Tensor
+    p_chosen: float
+    gap: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class LatentPool:
+    """Latents that the oracle has read.
+
+    Args:
+        latents (Tensor): scaled latents, shape (count, 8, 8, 8).
+        indices (Tensor): attributes that the oracle reads, as indices into `ATTRIBUTES`, shape (count, 4).
+        cleanness (Tensor): the oracle's cleanness, shape (count,).
+        source (Tensor): index into `SOURCES`, shape (count,).
+    """
+
+    latents: Tensor
+    indices: Tensor
+    cleanness: Tensor
+    source: Tensor
+
+    def quality(self, rows: Tensor, scenes: Tensor) -> Tensor:
+        """The oracle's quality of the latents `rows` for scenes given as attribute indices (len(rows), 4)."""
+        fit = (self.indices[rows] == scenes).float().mean(dim=1)
+        return FIT_WEIGHT * fit + (1 - FIT_WEIGHT) * self.cleanness[rows]
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """Labelled pairs over a pool of latents: a sequence of `PreferenceRecord`.
+
+    Args:
+        latents (Tensor): the pool, shape (pool_size, 8, 8, 8).
+        chosen (Tensor): row of each chosen latent, shape (count,).
+        rejected (Tensor): row of each rejected latent, shape (count,).
+        scenes (Tensor): the scene of each caption as attribute indices, shape (count, 4).
+        gap (Tensor): quality of the chosen minus quality of the rejected latent, shape (count,).
+        source (Tensor): index into `SOURCES` for each latent of the pool, shape (pool_size,).
+    """
+
+    latents: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    scenes: Tensor
+    gap: Tensor
+    source: Tensor
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> PreferenceRecord:
+        chosen, rejected = int(self.chosen[index]), int(self.rejected[index])
+        return PreferenceRecord(
+            prompt=Scene.from_indices(self.scenes[index].tolist()).caption,
+            chosen=self.latents[chosen],
+            rejected=self.latents[rejected],
+            p_chosen=float(preference_probability(self.gap[index])),
+            gap=float(self.gap[index]),
+            kind="-".join(SOURCES[source] for source in self.source[[chosen, rejected]].tolist()),
+        )
+
+    def __iter__(self) -> Iterator[PreferenceRecord]:
+        return (self[index] for index in range(len(self)))
+
+    def save(self, path: str | Path) -> None:
+        """Write all tensors to one safetensors file."""
+        save_file({name: tensor.contiguous() for name, tensor in vars(self).items()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PreferencePairs:
+        """Read what `save` wrote."""
+        return cls(**load_file(path))
+
+
+def preference_probability(gap: Tensor) -> Tensor:
+    """Phi(gap / 0.1): how often the labeller prefers a latent whose quality is higher by `gap`."""
+    return torch.special.ndtr(gap / LABEL_NOISE)
+
+
+def build_pool(pipeline: StableDiffusion3Pipeline, split: str, count: int, seed: int) -> LatentPool:
+    """Make latents of every source in equal numbers and read them.
+
+    Args:
+        pipeline (StableDiffusion3Pipeline): gives the autoencoder and the samples.
+        split (str): "train" or "held_out", which scenes are rendered and which prompts are sampled.
+        count (int): latents of each source.
+        seed (int): seeds every draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    images = render(sample_scenes(2 * count, split, seed=seed), generator, jitter=JITTER)
+    spoiled = degrade(images[count:], torch.rand(count, generator=generator), generator)
+    prompts = sample_prompts(2 * count, split, seed=seed)
+    latents = {
+        "render": encode_images(pipeline.vae, images[:count]),
+        "degraded": encode_images(pipeline.vae, spoiled),
+        "ode": sample_latents(pipeline, prompts[:count], generator),
+        "cps": sample_latents(pipeline, prompts[count:], generator, eta=CPS_ETA),
+    }
+    rows = torch.randperm(4 * count, generator=generator)[:count]
+    latents["perturbed"] = _perturb(torch.cat(list(latents.values()))[rows], generator)
+    pool = torch.cat([latents[source] for source in SOURCES])
+    reading = Oracle().read(decode_latents(pipeline.vae, pool))
+    return LatentPool(
+        latents=pool,
+        indices=reading.indices,
+        cleanness=reading.cleanness,
+        source=torch.arange(len(SOURCES)).repeat_interleave(count),
+    )
+
+
+def sample_pairs(pool: LatentPool, split: str, count: int, seed: int) -> PreferencePairs:
+    """Draw captions of a split and two latents for each, and let the noisy labeller choose.
+
+    Args:
+        pool (LatentPool): the latents.
+        split (str): "train" or "held_out", where captions come from.
+        count (int): number of pairs.
+        seed (int): seeds every draw.
+    """
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    captions = sample_scenes(count, split, seed=seed)
+    buckets = _Buckets(pool)
+    first, second = torch.tensor([buckets.draw_two(scene, rng) for scene in captions]).unbind(1)
+    scenes = torch.tensor([scene.indices for scene in captions])
+    gap = pool.quality(first, scenes) - pool.quality(second, scenes)
+    first_wins = torch.rand(count, generator=generator) < preference_probability(gap)
+    return PreferencePairs(
+        latents=pool.latents,
+        chosen=torch.where(first_wins, first, second),
+        rejected=torch.where(first_wins, second, first),
+        scenes=scenes,
+        gap=torch.where(first_wins, gap, -gap),
+        source=pool.source,
+    )
+
+
+class _Buckets:
+    """The rows of a pool by source and by the scene that the oracle reads."""
+
+    def __init__(self, pool: LatentPool) -> None:
+        self._rows: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for row, (source, indices) in enumerate(zip(pool.source.tolist(), pool.indices.tolist(), strict=True)):
+            self._rows.setdefault((SOURCES[source], tuple(indices)), []).append(row)
+        scenes = [scene.indices for scene in all_scenes()]
+        self._shown = {
+            (scene, matches): [shown for shown in scenes if _count_matches(scene, shown) == matches]
+            for scene in scenes
+            for matches in range(len(ATTRIBUTES) + 1)
+        }
+
+    def draw(self, scene: Scene, rng: random.Random) -> int:
+        """A row by `SOURCE_WEIGHTS` and `MATCH_WEIGHTS`; where the pool has none for the draw, draw again."""
+        while True:
+            (source,) = rng.choices(list(SOURCE_WEIGHTS), list(SOURCE_WEIGHTS.values()))
+            (matches,) = rng.choices(list(MATCH_WEIGHTS), list(MATCH_WEIGHTS.values()))
+            rows = self._rows.get((source, rng.choice(self._shown[scene.indices, matches])))
+            if rows:
+                return rng.choice(rows)
+
+    def draw_two(self, scene: Scene, rng: random.Random) -> tuple[int, int]:
+        """Two different rows."""
+        first = second = self.draw(scene, rng)
+        while second == first:
+            second = self.draw(scene, rng)
+        return first, second
+
+
+def _count_matches(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    return sum(a == b for a, b in zip(first, second, strict=True))
+
+
+def _perturb(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Add white noise of a random deviation up to 0.8 to scaled latents."""
+    deviation = 0.8 * torch.rand(len(latents), 1, 1, 1, generator=generator)
+    return latents + deviation * torch.randn(latents.shape, generator=generator)

@@ -1,0 +1,83 @@
+"""The latent reward of the shapes world: trained on the noisy labeller's preferences, never on the oracle itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import StableDiffusion3Pipeline
+
+from dina_reward.evaluation import EvaluationReport, PairProtocol, evaluate_preferences
+from dina_reward.head import RewardHeadConfig
+from dina_reward.modeling import LatentRewardConfig, default_lora_config
+from dina_reward.reward import LatentReward
+from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs
+from dina_reward.shapes.text import MAX_PROMPT_TOKENS
+from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
+
+
+PROTOCOL = PairProtocol(noise_levels=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), ensemble_levels=(0.2, 0.4, 0.6))
+
+
+def new_reward(pipeline: StableDiffusion3Pipeline, seed: int = 0) -> LatentReward:
+    """An untrained reward on the first four of the generator's five blocks."""
+    config = LatentRewardConfig(
+        family="sd3",
+        num_layers=4,
+        visual_taps=(2, 3, 4),
+        backbone_model_id="../sd3",
+        head=RewardHeadConfig(num_attention_heads=4),
+        max_sequence_length=MAX_PROMPT_TOKENS,
+    )
+    return LatentReward.from_config(
+        config, pipeline=pipeline, lora_config=default_lora_config(config, rank=32), seed=seed
+    )
+
+
+def train_reward(
+    pipeline: StableDiffusion3Pipeline,
+    pairs: PreferencePairs,
+    output: str | Path,
+    *,
+    steps: int = 1200,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+) -> LatentReward:
+    """Trains a reward as `LatentRewardTrainer` does for any model; checkpoints go to ``output``, and a killed run resumes.
+
+    Args:
+        pipeline: the generator that gives backbone and text encoders.
+        pairs: training preferences.
+        output: directory of checkpoints.
+        steps, batch_size, learning_rate, seed: of the optimizer.
+
+    Returns:
+        `LatentReward`: with the averaged weights, ready to score.
+    """
+    output = Path(output)
+    reward = new_reward(pipeline, seed)
+    arguments = LatentRewardTrainingConfig(
+        output_dir=str(output),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 20,
+        ema_decay=0.995,
+        logging_steps=50,
+        save_steps=max(steps // 4, 1),
+        save_total_limit=1,
+        report_to="none",
+        use_cpu=True,
+        seed=seed,
+    )
+    trainer = LatentRewardTrainer(reward, arguments, train_dataset=pairs)
+    trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
+    trainer.save_model(str(output / "averaged"))
+    return LatentReward.from_pretrained(output / "averaged", pipeline=pipeline)
+
+
+def evaluate_reward(reward: LatentReward, pairs: PreferencePairs) -> EvaluationReport:
+    """Accuracy by noise level and calibration on the pairs whose oracle gap is not negligible."""
+    clear = [pair for pair in pairs if abs(pair["gap"]) > NEGLIGIBLE_GAP]
+    return evaluate_preferences(reward, clear, PROTOCOL, batch_size=256)

@@ -1,0 +1,156 @@
+"""Training checkpoints that are whole or absent: a mixin for `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from dina_reward.atomic import clean_leftovers, incomplete_name, remove_directory, replace_directory
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+_TRAINER_STATE_FILE = "trainer_state.json"
+
+
+class CheckpointedCallback(TrainerCallback, ABC):
+    """A callback with tensors of its own that belong into every checkpoint, saved and restored with the optimizer.
+
+    (`transformers.trainer_callback.ExportableState` does the same for values that fit into JSON.)
+    """
+
+    @abstractmethod
+    def save_state(self, directory: str) -> None:
+        """Writes the callback's files into a checkpoint directory; called on the ranks that save."""
+
+    @abstractmethod
+    def load_state(self, directory: str) -> None:
+        """Restores what `save_state` wrote; called on every rank, before ``on_train_begin``."""
+
+
+class AtomicCheckpointMixin(_Trainer):
+    """Makes every ``checkpoint-N`` of a `transformers.Trainer` appear complete or not at all.
+
+    All files of a checkpoint are written to ``.checkpoint-N.incomplete/``, which `get_last_checkpoint` never picks. When
+    all ranks have written theirs, the directory is flushed to the disk and renamed. Rotation (``save_total_limit``)
+    renames a checkpoint out of sight before it deletes it. What a killed run leaves is removed when training starts.
+
+    Example:
+        >>> class MyTrainer(AtomicCheckpointMixin, Trainer): ...
+    """
+
+    _staging: Path | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`, after removing what a killed run left in the output directory."""
+        output_dir = Path(self.args.output_dir or ".")
+        if self.args.local_process_index == 0 and output_dir.is_dir():
+            clean_leftovers(output_dir, f"{PREFIX_CHECKPOINT_DIR}-*")
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = incomplete_name(target)
+        staged = self._staging / target.name
+        try:
+            super()._save_checkpoint(model, trial)
+            self._point_at_best_checkpoint(run_dir, staged)
+        finally:
+            self._staging = None
+        self._publish(staged, target)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+        if self.args.should_save:
+            self._rotate(run_dir, newest=target)
+
+    def _point_at_best_checkpoint(self, run_dir: Path, staged: Path) -> None:
+        """Writes the final path of the best checkpoint into the state, which has just seen the staging directory."""
+        step = self.state.best_global_step
+        if not step:
+            return
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step == self.state.global_step or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / _TRAINER_STATE_FILE))
+
+    def _publish(self, staged: Path, target: Path) -> None:
+        """Renames the checkpoint once every rank has written its part: on each node that has a staging directory."""
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            _rename_into_place(staged, target)
+        self.accelerator.wait_for_everyone()
+        # Nodes without a shared file system hold the files of their own ranks.
+        if self.args.local_process_index == 0 and staged.is_dir():
+            _rename_into_place(staged, target)
+        self.accelerator.wait_for_everyone()
+
+    def _rotate(self, run_dir: Path, newest: Path) -> None:
+        """Removes the oldest checkpoints beyond ``save_total_limit``, never the best nor the newest one."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        best = self.state.best_model_checkpoint
+        kept = {newest} if best is None else {newest, Path(best)}
+        others = [path for path in _checkpoints_by_age(run_dir) if path not in kept]
+        surplus = len(others) + len(kept) - max(limit, len(kept))
+        for checkpoint in others[: max(surplus, 0)]:
+            remove_directory(checkpoint)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        # With save_total_limit=1 the trainer deletes all but the best checkpoint here; do it by renaming first.
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            for checkpoint in _checkpoints_by_age(Path(self._get_output_dir(trial))):
+                if not checkpoint.samefile(best):
+                    remove_directory(checkpoint)
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            for callback in self._checkpointed_callbacks():
+                callback.save_state(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for callback in self._checkpointed_callbacks():
+                callback.load_state(checkpoint)
+
+    def _checkpointed_callbacks(self) -> list[CheckpointedCallback]:
+        return [cb for cb in self.callback_handler.callbacks if isinstance(cb, CheckpointedCallback)]
+
+
+def _checkpoints_by_age(run_dir: Path) -> list[Path]:
+    """Checkpoint directories, oldest first; those of one moment by step."""
+    found = []
+    for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdigit() and path.is_dir():
+            found.append((path.stat().st_mtime_ns, int(step), path))
+    return [path for _, _, path in sorted(found)]
+
+
+def _rename_into_place(staged: Path, target: Path) -> None:
+    replace_directory(staged, target)
+    with contextlib.suppress(OSError):
+        staged.parent.rmdir()

@@ -1,0 +1,147 @@
+"""Exponential moving average of the trainable parameters, as a `transformers` callback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from dina_reward.training.checkpointing import CheckpointedCallback
+
+
+EMA_WEIGHTS_NAME = "ema.safetensors"
+
+
+class EMACallback(CheckpointedCallback):
+    """``average <- decay * average + (1 - decay) * parameter`` after every ``update_every``-th optimizer step.
+
+    The decay warms up as in `diffusers.training_utils.EMAModel`: update ``n`` uses ``min(decay, n / (9 + n))``, the first
+    one copies the parameters. Only parameters that require gradients when training starts are averaged. With
+    `AtomicCheckpointMixin` the averages travel in every checkpoint (``ema.safetensors``) and resume bit for bit.
+    Parameters sharded by FSDP or ZeRO-3 are not supported.
+
+    Example:
+        >>> ema = EMACallback(model, decay=0.999)
+        >>> trainer = MyTrainer(model, args, callbacks=[ema])
+        >>> with ema.average_parameters():
+        ...     trainer.evaluate()
+
+    Args:
+        model (`nn.Module`): the unwrapped model that is trained.
+        decay (`float`): upper limit of the decay, in ``(0, 1)``.
+        update_every (`int`): optimizer steps between two updates.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.999, update_every: int = 1) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"EMA decay must lie strictly between 0 and 1, got {decay}")
+        if update_every < 1:
+            raise ValueError(f"EMA update_every must be at least 1 optimizer step, got {update_every}")
+        self.model = model
+        self.decay = decay
+        self.update_every = update_every
+        self._ema: EMAModel | None = None
+        self._restored = False
+        self._swapped = False
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made so far."""
+        return 0 if self._ema is None else int(self._ema.optimization_step)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts from the current parameters, unless the averages have just been read from a checkpoint."""
+        if not self._restored:
+            self._ema = EMAModel(self._parameters().values(), decay=self.decay)
+        self._restored = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Updates the averages once per ``update_every`` optimizer steps."""
+        if self._ema is not None and state.global_step % self.update_every == 0:
+            self._ema.step(self._parameters().values())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keeps the averages for evaluation and saving; the next training starts its own."""
+        self._restored = False
+
+    @contextlib.contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """Puts the averages into the model, and the trained parameters back on leaving. May be nested.
+
+        Before the first update it changes nothing.
+        """
+        if self._swapped or self.num_updates == 0:
+            yield
+            return
+        assert self._ema is not None
+        parameters = list(self._parameters().values())
+        self._ema.store(parameters)
+        self._ema.copy_to(parameters)
+        self._swapped = True
+        try:
+            yield
+        finally:
+            self._ema.restore(parameters)
+            self._swapped = False
+
+    def save_state(self, directory: str) -> None:
+        """Writes the averages, by parameter name, and the number of updates to ``ema.safetensors``."""
+        if self._ema is None:
+            return
+        tensors = dict(zip(self._parameters(), self._ema.shadow_params, strict=True))
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            os.path.join(directory, EMA_WEIGHTS_NAME),
+            metadata={"format": "pt", "num_updates": str(self.num_updates)},
+        )
+
+    def load_state(self, directory: str) -> None:
+        """Reads ``ema.safetensors``.
+
+        Raises:
+            ValueError: the file is missing, or its names or shapes are not those of the model's trainable parameters.
+        """
+        path = os.path.join(directory, EMA_WEIGHTS_NAME)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{directory} holds no {EMA_WEIGHTS_NAME}: that run kept no moving average. "
+                "Resume it without EMA, or start a new run."
+            )
+        with safe_open(path, framework="pt") as file:
+            num_updates = int(file.metadata()["num_updates"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        parameters = self._parameters()
+        _check_same_tensors(stored, parameters, path)
+        ema = EMAModel(parameters.values(), decay=self.decay)
+        for shadow, name in zip(ema.shadow_params, parameters, strict=True):
+            shadow.copy_(stored[name])
+        ema.optimization_step = num_updates
+        self._ema, self._restored = ema, True
+
+
+def _check_same_tensors(stored: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter], path: str) -> None:
+    missing, unexpected = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
+    reshaped = [name for name, p in parameters.items() if name in stored and stored[name].shape != p.shape]
+    for fault, names in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", reshaped)):
+        if names:
+            raise ValueError(
+                f"{path} does not fit the trained model: it {fault} {names[0]!r} ({len(names)} tensor(s)). "
+                "Resume with the LoRA and head configuration of that run."
+            )

@@ -1,0 +1,45 @@
+"""Running training metrics that are exact across ranks and micro-batches."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+_NOISE_THIRDS = ("low_noise", "mid_noise", "high_noise")
+
+
+class PairMetrics:
+    """Sums over the pairs seen since the last log line.
+
+    | metric | meaning |
+    |---|---|
+    | ``accuracy`` | share of pairs whose preferred side scores higher; equal scores count half, tied targets not at all |
+    | ``margin`` | mean of preferred minus other score |
+    | ``loss/low_noise``, ``mid_noise``, ``high_noise`` | mean loss at levels in the first, second and last third of [0, 1] |
+    """
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(2, 2 + len(_NOISE_THIRDS), dtype=torch.float64)
+
+    def update(self, margin: Tensor, loss: Tensor, level: Tensor, p_chosen: Tensor) -> None:
+        """Adds a micro-batch; all arguments have shape ``(pairs,)``, ``margin`` is chosen minus rejected score."""
+        margin, loss, level, p_chosen = (x.detach().double().cpu() for x in (margin, loss, level, p_chosen))
+        preference = (p_chosen - 0.5).sign()
+        decided = preference != 0
+        margin = (margin * preference)[decided]
+        third = (level * 3).long().clamp(max=2)
+        values = [(margin.sign() + 1) / 2, margin, *(loss[third == index] for index in range(3))]
+        self._sums[0] += torch.stack([value.sum() for value in values])
+        self._sums[1] += torch.tensor([float(len(value)) for value in values])
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all ranks since the last call; a metric without a pair is left out. Every rank must call it."""
+        # float32 for devices without float64; counts are exact up to 2^24 pairs per log line
+        sums, counts = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum").cpu()
+        self._sums.zero_()
+        names = ["accuracy", "margin", *(f"loss/{third}" for third in _NOISE_THIRDS)]
+        return {
+            name: float(total / count) for name, total, count in zip(names, sums, counts, strict=True) if count > 0
+        }

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from dina_reward import LatentReward, LatentRewardConfig
+from dina_reward.alignment import DiffusionGRPOTrainer
+from dina_reward.alignment.policy import LORA_WEIGHTS_NAME
+from tests.alignment.helpers import (
+    LATENT_SHAPE,
+    PROMPTS,
+    closeness,
+    logged,
+    lora_tensors,
+    tiny_config,
+    tiny_pipeline,
+    tiny_trainer,
+)
+
+
+def refuse_to_decode(*args, **kwargs):
+    raise AssertionError("the VAE was decoded in training")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"sde_type": "flow_sde", "eta": 0.7},
+        {"sde_type": "dance_sde", "eta": 0.3},
+        {"guidance_scale": 2.0},
+        {"dtype": torch.bfloat16},
+        {"gradient_checkpointing": True},
+        {"same_latent_within_group": True},
+    ],
+)
+def test_ratio_is_exactly_one_on_policy(tmp_path, overrides):
+    # One optimizer step per generation: all data is on-policy, after updates too.
+    trainer = tiny_trainer(tmp_path, gradient_accumulation_steps=2, max_steps=3, **overrides)
+    trainer.train()
+    for name in ("ratio/mean", "ratio/min", "ratio/max"):
+        assert logged(trainer, name) == [1.0] * 3
+    assert logged(trainer, "clip_frac") == logged(trainer, "approx_kl") == [0.0] * 3
+    assert all(value > 0 for value in logged(trainer, "grad_norm"))
+
+
+def test_gradient_is_the_mean_over_rows_and_window(tmp_path):
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.seen = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    settings = {"gradient_accumulation_steps": 2, "max_steps": 1, "max_grad_norm": 0.0, "ema_decay": None}
+    trainer, callback = tiny_trainer(tmp_path, **settings), Gradients()
+    trainer.add_callback(callback)
+    trainer.train()
+    other = tiny_trainer(tmp_path, **settings)
+    experience, _ = other.experience_maker.make(0)
+    losses = [other.step_loss(other.model, part, position).loss for part in experience for position in range(2)]
+    parameters = [p for p in other.model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(torch.stack(losses).mean(), parameters)
+    for actual, gradient in zip(callback.seen, expected, strict=True):
+        torch.testing.assert_close(actual, gradient)
+
+
+def test_off_policy_steps_have_other_ratios(tmp_path):
+    trainer = tiny_trainer(tmp_path, num_iterations=2, max_steps=4)
+    trainer.train()
+    assert logged(trainer, "ratio/max")[0] == 1
+    assert all(value > 1 for value in logged(trainer, "ratio/max")[1:])
+
+
+def test_reward_rises(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        per_device_train_batch_size=24,
+        steps_per_generation=1,
+        num_generations=8,
+        max_steps=40,
+        learning_rate=2e-2,
+        epsilon=1e-2,
+        ema_decay=None,
+        eval_dataset=PROMPTS * 2,
+        eval_num_images=0,
+    )
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate()["eval_reward"]
+    assert after > before + 0.15
+
+
+def test_training_never_decodes_and_leaves_the_scheduler_alone(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.policy.pipeline.vae.decode = refuse_to_decode
+    sigmas = trainer.policy.pipeline.scheduler.sigmas.clone()
+    trainer.train()
+    assert torch.equal(trainer.policy.pipeline.scheduler.sigmas, sigmas)
+
+
+def test_only_lora_changes(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    frozen = {n: p.detach().clone() for n, p in trainer.policy.denoiser.named_parameters() if not p.requires_grad}
+    lora = lora_tensors(trainer)
+    trainer.train()
+    parameters = dict(trainer.policy.denoiser.named_parameters())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in frozen.items())
+    assert any(not torch.equal(parameters[name], tensor) for name, tensor in lora.items())
+
+
+def test_samples_of_a_generation_differ_and_share_the_window(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    maker = trainer.experience_maker
+    experience, metrics = maker.make(0)
+    assert len({part.rollout.window for part in experience}) == 1
+    assert metrics["sde_window_start"] == experience[0].rollout.window.start
+    initial = torch.cat([maker._initial_latents(0, part.rows) for part in experience])
+    assert len({tuple(latent.flatten().tolist()) for latent in initial}) == 12
+    later = maker._initial_latents(1, range(12))
+    assert not any(torch.equal(a, b) for a in initial for b in later)
+    noise = torch.cat([maker._step_noise(0, part.rows, 2).flatten(0, 1) for part in experience])
+    assert len({tuple(draw.flatten().tolist()) for draw in noise}) == 24
+    advantages = torch.cat([part.advantages for part in experience]).view(3, 4)
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_same_latent_within_group(tmp_path):
+    trainer = tiny_trainer(tmp_path, same_latent_within_group=True)
+    initial = trainer.experience_maker._initial_latents(0, range(12)).view(3, 4, *LATENT_SHAPE)
+    assert all(torch.equal(member, group[0]) for group in initial for member in group)
+    assert not torch.equal(initial[0, 0], initial[1, 0])
+    experience, _ = trainer.experience_maker.make(0)
+    final = torch.cat([part.rollout.latents for part in experience])
+    assert not torch.equal(final[0], final[1])
+
+
+def test_kl_to_the_reference_starts_at_zero_and_pulls(tmp_path):
+    trainer = tiny_trainer(tmp_path / "kl", beta=1.0, kl_kind="velocity", max_steps=6)
+    trainer.train()
+    kl = logged(trainer, "kl")
+    assert kl[0] == 0
+    assert all(value > 0 for value in kl[1:])
+    strong = tiny_trainer(tmp_path / "strong", beta=1e4, kl_kind="velocity", max_steps=6)
+    strong.train()
+    assert logged(strong, "kl")[-1] < kl[-1]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_reward_noise_is_shared_inside_groups_only(tmp_path, shared):
+    calls = []
+
+    def reward(latents, prompts, seed, noise_level, ensemble):
+        calls.append((prompts, seed, noise_level, ensemble))
+        return closeness(latents)
+
+    trainer = tiny_trainer(
+        tmp_path,
+        reward_funcs=reward,
+        share_noise_within_group=shared,
+        reward_noise_level=[0.2, 0.5],
+        reward_ensemble="mean",
+        per_device_train_batch_size=12,
+        steps_per_generation=1,
+    )
+    trainer.train()
+    assert calls[0][2:] == ([0.2, 0.5], "mean")
+    seeds = torch.tensor(calls[0][1]).view(3, 4)
+    assert len(set(seeds.flatten().tolist())) == (3 if shared else 12)
+    assert set(calls[0][1]).isdisjoint(calls[1][1])
+    prompts = [calls[0][0][i : i + 4] for i in range(0, 12, 4)]
+    assert all(len(set(group)) == 1 for group in prompts)
+
+
+@pytest.mark.parametrize("share_backbone", [True, False])
+def test_latent_reward_of_the_same_pipeline_stays_fixed_while_the_policy_moves(tmp_path, share_backbone):
+    pipeline = tiny_pipeline()
+    settings = LatentRewardConfig(family="sd3", num_layers=1, visual_taps=(1,), max_sequence_length=8)
+    reward = LatentReward.from_config(settings, pipeline=pipeline, share_backbone=share_backbone).eval()
+    latents = torch.randn((3, *LATENT_SHAPE), generator=torch.Generator().manual_seed(0))
+    before = reward(latents, PROMPTS[:3], seed=1)
+    trainer = DiffusionGRPOTrainer(pipeline, reward, tiny_config(tmp_path, gradient_accumulation_steps=2), PROMPTS)
+    assert torch.equal(reward(latents, PROMPTS[:3], seed=1), before)
+    trainer.train()
+    assert torch.equal(reward(latents, PROMPTS[:3], seed=1), before)
+    assert logged(trainer, "ratio/max") == [1.0, 1.0]
+    assert logged(trainer, "rewards/latent_reward/std")[0] > 0
+
+
+def test_several_rewards_are_weighted_and_logged(tmp_path):
+    def brightness(latents):
+        return latents.float().mean(dim=(1, 2, 3))
+
+    trainer = tiny_trainer(tmp_path, reward_funcs=[closeness, brightness], reward_weights=[1.0, 0.5])
+    trainer.train()
+    line = trainer.state.log_history[0]
+    expected = line["rewards/closeness/mean"] + 0.5 * line["rewards/brightness/mean"]
+    assert line["reward"] == pytest.approx(expected, abs=1e-5)
+    assert {"frac_reward_zero_std", "time/rollout", "time/reward", "time/train"} <= set(line)
+    with pytest.raises(ValueError, match="reward_weights has 3 entries for 2 reward functions"):
+        tiny_trainer(tmp_path, reward_funcs=[closeness, brightness], reward_weights=[1.0, 0.5, 1.0])
+    with pytest.raises(ValueError, match="reward_funcs is empty"):
+        tiny_trainer(tmp_path, reward_funcs=[])
+
+
+def test_bad_rewards_stop_the_run(tmp_path):
+    def broken(latents):
+        return latents.new_full((len(latents),), float("inf"))
+
+    with pytest.raises(ValueError, match="broken returned inf"):
+        tiny_trainer(tmp_path, reward_funcs=broken).train()
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_iterations": 2, "beta": 0.1}])
+def test_resume_is_bit_exact(tmp_path, extra):
+    steps = 4 * extra.get("num_iterations", 1)
+    common = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps // 2, **extra}
+    straight = tiny_trainer(tmp_path / "straight", **common)
+    straight.train()
+    resumed = tiny_trainer(tmp_path / "resumed", **common)
+    # Unrelated draws in between must not matter.
+    torch.rand(5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{steps // 2}"))
+    assert resumed.state.global_step == straight.state.global_step == steps
+    expected, actual = lora_tensors(straight), lora_tensors(resumed)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    with straight.averaged_policy(), resumed.averaged_policy():
+        expected, actual = lora_tensors(straight), lora_tensors(resumed)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    for name in ("reward", "loss", "grad_norm"):
+        assert logged(straight, name)[-2:] == logged(resumed, name)[-2:]
+
+
+def test_resume_inside_a_generation_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    other = tiny_trainer(tmp_path, steps_per_generation=4, per_device_train_batch_size=6, max_steps=4)
+    with pytest.raises(ValueError, match="step 2 lies inside generation 0"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_checkpoints_hold_loadable_loras(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert {LORA_WEIGHTS_NAME, os.path.join("ema", LORA_WEIGHTS_NAME), "ema.safetensors", "optimizer.pt"} <= files
+    assert "model.safetensors" not in files
+    with trainer.averaged_policy():
+        averaged = lora_tensors(trainer)
+    trainer.policy.load_lora(str(checkpoint / "ema"))
+    actual = lora_tensors(trainer)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in averaged.items())
+
+
+def test_wrong_launch_is_refused(tmp_path, monkeypatch):
+    # What torchrun does when accelerate does not notice it: the variable is set, but there is no process group.
+    config = tiny_config(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="the launcher started 2 processes but accelerate sees 1"):
+        DiffusionGRPOTrainer(tiny_pipeline(), closeness, config, PROMPTS)
+
+
+def test_batch_geometry_is_checked_before_the_pipeline_changes(tmp_path):
+    with pytest.raises(ValueError, match="12 rows .* is not divisible by num_generations 5"):
+        tiny_trainer(tmp_path, num_generations=5)
+
+
+def test_save_model_writes_beside_the_checkpoints(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "ema", LORA_WEIGHTS_NAME}

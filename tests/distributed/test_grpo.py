@@ -1,0 +1,82 @@
+"""Two gloo processes against one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
+from tests.alignment.helpers import lora_tensors, tiny_trainer
+from tests.distributed.grpo_worker import run
+
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    directory = tmp_path_factory.mktemp("two_ranks")
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = Path(__file__).with_name("grpo_worker.py")
+    done = subprocess.run(
+        [*command, str(script), str(directory), "3"], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("one_rank"), 6)[1]
+
+
+def test_two_ranks_with_half_the_batch_train_like_one(two_ranks, one_rank):
+    _, (first, second) = two_ranks
+    for name, expected in one_rank["lora"].items():
+        assert torch.equal(first["lora"][name], second["lora"][name])
+        torch.testing.assert_close(first["lora"][name], expected, atol=1e-4, rtol=1e-3)
+    assert first["reward"] == second["reward"] == pytest.approx(one_rank["reward"], abs=1e-5)
+    assert first["loss"] == pytest.approx(one_rank["loss"], abs=1e-4)
+    assert first["eval_reward"] == second["eval_reward"] == pytest.approx(one_rank["eval_reward"], abs=1e-5)
+    assert first["ratio"][0] == one_rank["ratio"][0] == 1
+
+
+def test_ranks_hold_their_own_rows_noise_and_advantages(two_ranks, one_rank):
+    _, (first, second) = two_ranks
+    assert first["rows"] == [0, 1, 2, 6, 7, 8]
+    assert second["rows"] == [3, 4, 5, 9, 10, 11]
+    assert first["window"] == second["window"] == one_rank["window"]
+    for rank in (first, second):
+        assert torch.equal(rank["initial"], one_rank["initial"][rank["rows"]])
+        torch.testing.assert_close(rank["final"], one_rank["final"][rank["rows"]], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rank["advantages"], one_rank["advantages"][rank["rows"]], atol=1e-3, rtol=1e-3)
+    assert not any(torch.equal(a, b) for a in first["initial"] for b in second["initial"])
+
+
+def test_integers_survive_the_gather(two_ranks):
+    _, (first, _) = two_ranks
+    assert first["gathered"].tolist() == [2**53 + 1, 2**24 + 1, 2**53 + 2, 2**24 + 1]
+
+
+def test_the_main_process_alone_writes_one_checkpoint_and_history(two_ranks):
+    directory, (first, _) = two_ranks
+    assert (directory / "checkpoint-4").is_dir()
+    assert [record.step for record in read_history(directory / HISTORY_NAME)] == [4]
+    trainer = tiny_trainer(directory / "loaded")
+    trainer.policy.load_lora(str(directory / "checkpoint-4"))
+    loaded = lora_tensors(trainer)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in first["lora"].items())

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dina_reward.evaluation import (
+    PairProtocol,
+    PairScores,
+    evaluate_preferences,
+    plot_evaluation,
+    report_from_scores,
+    score_pairs,
+)
+from dina_reward.likelihood import ThurstoneModel, thurstone_preference
+from dina_reward.reward import LatentReward
+from tests.training.tiny_reward import separable_pairs, tiny_reward
+
+
+PROTOCOL = PairProtocol(noise_levels=(0.1, 0.5), ensemble_levels=(0.2, 0.6))
+
+
+@pytest.fixture(scope="module")
+def reward(sd3_pipeline: Any) -> LatentReward:
+    return tiny_reward(pipeline=sd3_pipeline).eval()
+
+
+@pytest.fixture
+def scores() -> PairScores:
+    generator = torch.Generator().manual_seed(0)
+    true_margin = 2 * torch.randn(400, generator=generator)
+    labels = torch.bernoulli(thurstone_preference(true_margin, torch.tensor(0.1)), generator=generator)
+    margins = torch.stack([true_margin, 0.5 * true_margin + torch.randn(400, generator=generator), true_margin], dim=1)
+    return PairScores(margins, torch.zeros_like(margins), labels, PROTOCOL, ThurstoneModel())
+
+
+def test_scores_agree_with_the_reward_and_share_noise(reward: LatentReward) -> None:
+    pairs = separable_pairs(3)
+    same = [{**pairs[index], "rejected": pairs[index]["chosen"]} for index in range(3)]
+    scores = score_pairs(reward, same, PROTOCOL, progress=False)
+    assert scores.chosen.shape == (3, 3)
+    torch.testing.assert_close(scores.chosen, scores.rejected)
+
+
+def test_batch_size_does_not_matter(reward: LatentReward) -> None:
+    pairs = separable_pairs(5)
+    first = score_pairs(reward, pairs, PROTOCOL, batch_size=2, progress=False)
+    second = score_pairs(reward, (pairs[index] for index in range(5)), PROTOCOL, batch_size=5, progress=False)
+    torch.testing.assert_close(first.margins, second.margins, atol=1e-5, rtol=1e-4)
+    other_seed = PairProtocol(PROTOCOL.noise_levels, PROTOCOL.ensemble_levels, seed=1)
+    assert not torch.allclose(score_pairs(reward, pairs, other_seed, progress=False).margins, first.margins)
+
+
+def test_ensemble_uses_the_mean_variance_of_its_levels(scores: PairScores) -> None:
+    variances = PROTOCOL.variances(ThurstoneModel())
+    expected = [2 * 0.01 + 0.05, 2 * 0.25 + 0.05, 2 * (0.04 + 0.36) / 2 + 0.05]
+    torch.testing.assert_close(variances, torch.tensor(expected))
+    torch.testing.assert_close(
+        scores.probabilities[:, 2], thurstone_preference(scores.margins[:, 2], torch.tensor(expected[2]))
+    )
+
+
+def test_report_numbers_and_tables(scores: PairScores) -> None:
+    report = report_from_scores(scores, num_bins=5)
+    assert list(report.accuracy) == ["0.1", "0.5", "ensemble"]
+    assert report.noise_levels == {"0.1": 0.1, "0.5": 0.5}
+    assert report.best_level == "0.1"
+    assert report.calibration["0.1"].expected_calibration_error < 0.05
+    table = report.table()
+    assert f"{100 * report.accuracy['0.5'].value:6.2f}" in table
+    assert "tie convention 'half'" in table
+    assert len(report.calibration_table("ensemble").splitlines()) == 6
+    json.dumps(report.to_dict())
+
+
+def test_picture_is_written(scores: PairScores, tmp_path: Path) -> None:
+    plot_evaluation(report_from_scores(scores), tmp_path / "evaluation.png")
+    assert (tmp_path / "evaluation.png").stat().st_size > 10_000
+
+
+def test_evaluates_from_records(reward: LatentReward, capsys: pytest.CaptureFixture[str]) -> None:
+    report = evaluate_preferences(reward, separable_pairs(6), PROTOCOL, ties="imagereward", batch_size=4)
+    assert report.accuracy["ensemble"].pairs == 6
+    assert report.accuracy["0.1"].convention == "imagereward"
+    assert "scoring pairs" in capsys.readouterr().err
+
+
+def test_single_level_without_ensemble(reward: LatentReward) -> None:
+    report = evaluate_preferences(reward, separable_pairs(2), PairProtocol((0.4,), None), progress=False)
+    assert list(report.accuracy) == ["0.4"]
+
+
+def test_ensemble_alone(reward: LatentReward) -> None:
+    report = evaluate_preferences(reward, separable_pairs(2), PairProtocol((), (0.2, 0.6)), progress=False)
+    assert list(report.accuracy) == ["ensemble"]
+    with pytest.raises(ValueError, match="no single noise level"):
+        report.best_level  # noqa: B018
+
+
+def test_bad_input_is_refused(reward: LatentReward, scores: PairScores) -> None:
+    with pytest.raises(ValueError, match="no preference pairs"):
+        score_pairs(reward, [], progress=False)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        score_pairs(reward, separable_pairs(1), batch_size=0, progress=False)
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        PairProtocol((), None)
+    with pytest.raises(ValueError, match="repeats a level"):
+        PairProtocol((0.4, 0.4))
+    with pytest.raises(ValueError, match=r"no setting '0.9'; this evaluation has 0.1, 0.5, ensemble"):
+        scores.column("0.9")
+    with pytest.raises(ValueError, match="no setting '0.9'"):
+        report_from_scores(scores).calibration_table("0.9")

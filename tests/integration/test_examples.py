@@ -1,0 +1,58 @@
+"""The examples run as a newcomer runs them, from an empty directory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(name: str, directory: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], cwd=directory, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_every_example_is_short_and_tested_here() -> None:
+    names = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    assert names == ["01_score_latents.py", "02_train_a_reward.py", "03_align_with_flow_grpo.py"]
+    for name in names:
+        assert len((EXAMPLES / name).read_text().splitlines()) < 60
+
+
+def test_score_latents(tmp_path: Path) -> None:
+    output = run_example("01_score_latents.py", tmp_path)
+    rows = re.findall(r"^ +(\d) +(-?\d+\.\d+) +(-?\d+\.\d+) +(\d+\.\d+) +(\d\.\d+)$", output, re.MULTILINE)
+    assert sorted(int(row[0]) for row in rows) == list(range(8))
+    ensemble = [float(row[2]) for row in rows]
+    assert ensemble == sorted(ensemble, reverse=True)
+    probability = float(output.rsplit("= ", 1)[1])
+    assert 0.5 < probability <= 1
+
+
+def test_train_a_reward(tmp_path: Path) -> None:
+    output = run_example("02_train_a_reward.py", tmp_path, "2")
+    assert "ensemble" in output
+    assert (tmp_path / "outputs" / "my_reward" / "head.safetensors").is_file()
+
+
+def test_align_with_flow_grpo(tmp_path: Path) -> None:
+    run_example("03_align_with_flow_grpo.py", tmp_path, "1")
+    output = tmp_path / "outputs" / "my_alignment"
+    assert (output / "pytorch_lora_weights.safetensors").is_file()
+    assert len(list((output / "pictures").glob("step-*.png"))) == 2
+
+
+@pytest.mark.parametrize("name", ["README.md"])
+def test_readme_commands_name_existing_files(name: str) -> None:
+    text = (EXAMPLES.parent / name).read_text()
+    for path in re.findall(r"(?:recipes|examples|docs|tests)/[\w/.]+\.(?:py|yaml|png)", text):
+        assert (EXAMPLES.parent / path).is_file(), path

@@ -1,0 +1,46 @@
+import pytest
+
+from dina_reward.shapes import build as build_module
+from dina_reward.shapes.build import STAGES, build
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces every stage by one that only makes its directory, and lists which ran."""
+    ran = []
+
+    def fake(name, directory):
+        def stage(output, seed):
+            ran.append((name, seed))
+            (output / directory).mkdir(parents=True)
+
+        return stage, directory
+
+    monkeypatch.setattr(
+        build_module, "STAGES", {name: fake(name, directory) for name, (_, directory) in STAGES.items()}
+    )
+    return ran
+
+
+def test_stages_run_in_order_whatever_the_order_of_their_names(calls, tmp_path):
+    build(tmp_path, ["generator", "vae"], seed=3)
+    assert calls == [("vae", 3), ("generator", 3)]
+
+
+def test_finished_stages_are_kept(calls, tmp_path, capsys):
+    build(tmp_path, ["vae"])
+    build(tmp_path, ["vae", "generator"])
+    assert [name for name, _ in calls] == ["vae", "generator"]
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_force_makes_only_the_named_stages_anew(calls, tmp_path):
+    build(tmp_path, ["vae", "generator"])
+    (tmp_path / "sd3").rmdir()
+    build(tmp_path, ["generator"], force=True)
+    assert [name for name, _ in calls] == ["vae", "generator", "generator"]
+
+
+def test_unknown_stages_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Unknown stages decoder; expected some of vae, generator"):
+        build(tmp_path, ["decoder"])

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import dina_reward.shapes
+from dina_reward.shapes.evaluation import evaluate_pipeline
+from dina_reward.shapes.prompts import sample_prompts
+from dina_reward.shapes.shipped import weights_dir
+
+
+def test_import_is_light_and_names_resolve():
+    code = (
+        "import sys, dina_reward.shapes as shapes; assert 'torch' not in sys.modules; "
+        "shapes.Scene; assert 'torch' not in sys.modules; [getattr(shapes, name) for name in shapes.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dina_reward.shapes.nothing  # noqa: B018
+
+
+def test_everything_shipped_is_small():
+    files = [path for path in weights_dir("sd3").parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_weights_load_in_full_precision(shapes_pipeline):
+    modules = [module for module in shapes_pipeline.components.values() if isinstance(module, torch.nn.Module)]
+    assert len(modules) == 5
+    assert {parameter.dtype for module in modules for parameter in module.parameters()} == {torch.float32}
+
+
+def test_unknown_weights_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="shipped: sd3"):
+        weights_dir("sd1")
+
+
+def test_generator_draws_well_but_listens_badly(shapes_pipeline):
+    evaluation = evaluate_pipeline(shapes_pipeline, "held_out", count=192, seed=0)
+    assert 0.35 <= evaluation.scores.fit.mean() <= 0.55
+    assert evaluation.scores.cleanness.mean() >= 0.6
+    assert "192 samples: fit 0." in str(evaluation)
+
+
+def test_every_attribute_is_heard_above_chance(shapes_pipeline):
+    right = evaluate_pipeline(shapes_pipeline, "train", count=384, seed=1).scores.attributes.float().mean(dim=0)
+    assert (right > torch.tensor([1 / 2, 1 / 6, 1 / 4, 1 / 3])).all()
+
+
+def test_pipeline_runs_as_a_plain_diffusers_pipeline(shapes_pipeline):
+    shapes_pipeline.set_progress_bar_config(disable=True)
+    images = shapes_pipeline(sample_prompts(2, seed=0), num_inference_steps=2).images
+    assert [image.size for image in images] == [(32, 32)] * 2
+    unknown = shapes_pipeline("a zebra on Mars", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
+    assert torch.isfinite(unknown).all()
