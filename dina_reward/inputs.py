@@ -30,7 +30,8 @@ def check_latents(
         )
     if not latents.is_floating_point():
         raise ValueError(
-            f"latents have dtype {latents.dtype}; expected floating-point latents (are these pixels? encode them with the VAE)"
+            f"latents have dtype {latents.dtype}; expected floating-point latents (if these are pixels, encode them with "
+            "the VAE)"
         )
     if latents.ndim > 0 and latents.shape[0] == 0:
         raise ValueError("latents are an empty batch")

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from dina_reward.noise_draws import fold_seed
+
 from .autoencoder import LATENT_CHANNELS, LATENT_SIZE, encode_images
 from .prompts import ATTRIBUTES, Scene, all_scenes, sample_scenes
 from .renderer import render
@@ -31,11 +33,25 @@ SHIFT = 3.0
 CORRUPTION = 0.7
 """Chance that training re-draws an attribute of a caption: the generator learns to trust each word little."""
 
-JITTER = 0.25
-"""Share of the renderer's placement range in training: narrow, so that a tiny model learns sharp outlines."""
-
 CAPTION_DROPOUT = 0.1
 """Share of empty captions in training, which makes classifier-free guidance possible."""
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One run of the learning rate schedule.
+
+    Args:
+        steps (int): optimizer steps.
+        jitter (float): share of the renderer's placement range that the training images use.
+    """
+
+    steps: int
+    jitter: float = 1.0
+
+
+CYCLES = (Cycle(4500), Cycle(3500, jitter=0.25))
+"""The second cycle sees narrow placements, so that a tiny model learns sharp outlines."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +202,7 @@ def pad_text(text: PromptEmbeddings, tokens: int) -> PromptEmbeddings:
 
 def train_generator(
     vae: AutoencoderKL,
-    steps: int = 4500,
+    cycles: Sequence[Cycle] = CYCLES,
     batch_size: int = 64,
     learning_rate: float = 1.5e-3,
     corruption: float = CORRUPTION,
@@ -199,11 +215,12 @@ def train_generator(
 
     Args:
         vae (AutoencoderKL): the trained autoencoder.
-        steps (int): optimizer steps.
+        cycles (Sequence[Cycle]): runs of the learning rate schedule; each starts from the moving average of the
+            weights of the one before.
         batch_size (int): latents per step.
-        learning_rate (float): peak of a one-cycle schedule.
+        learning_rate (float): peak of each cycle's schedule.
         corruption (float): chance that an attribute of a caption is re-drawn.
-        num_images (int): size of the pool of renders that training draws from.
+        num_images (int): size of the pool of renders that each cycle draws from.
         seed (int): seeds the initial weights and every draw.
 
     Returns:
@@ -211,13 +228,31 @@ def train_generator(
     """
     pipeline = new_pipeline(vae, seed)
     transformer = pipeline.transformer.train()
-    generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(num_images, "train", seed=seed)
-    latents = encode_images(vae, render(scenes, generator, jitter=JITTER))
     indices = torch.tensor([scene.indices for scene in scenes])
     captions = {scene.indices: row for row, scene in enumerate(all_scenes("train"))}
     table = encode_prompts(pipeline, [*(scene.caption for scene in all_scenes("train")), ""])
+    text = TrainingCaptions(captions, table)
+    for number, cycle in enumerate(cycles):
+        draws = torch.Generator().manual_seed(fold_seed(seed, number))
+        latents = encode_images(vae, render(scenes, draws, jitter=cycle.jitter))
+        _train_cycle(transformer, latents, indices, text, cycle.steps, batch_size, learning_rate, corruption, draws)
+    transformer.eval().requires_grad_(False)
+    return pipeline
 
+
+def _train_cycle(
+    transformer: SD3Transformer2DModel,
+    latents: Tensor,
+    indices: Tensor,
+    captions: TrainingCaptions,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    corruption: float,
+    generator: torch.Generator,
+) -> None:
+    """One run of the schedule; leaves the moving average in the transformer."""
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
@@ -226,11 +261,9 @@ def train_generator(
     progress = tqdm(range(steps), desc="generator")
     average = 0.0
     for step in progress:
-        rows = torch.randint(num_images, (batch_size,), generator=generator)
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
         heard = corrupt_captions(indices[rows], corruption, generator)
-        text_rows = torch.tensor([captions[tuple(row)] for row in heard.tolist()])
-        text_rows[torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT] = len(captions)
-        text = pad_text(table[text_rows], _extra_tokens(step))
+        text = pad_text(captions.embeddings(heard, generator), _extra_tokens(step))
 
         clean, sigma = latents[rows], sample_sigmas(batch_size, generator)
         noise = torch.randn(clean.shape, generator=generator)
@@ -246,8 +279,25 @@ def train_generator(
         if step % 50 == 0:
             progress.set_postfix(loss=f"{average:.4f}")
     ema.copy_to(transformer.parameters())
-    transformer.eval().requires_grad_(False)
-    return pipeline
+
+
+@dataclass(frozen=True)
+class TrainingCaptions:
+    """Encoded captions of all training scenes.
+
+    Args:
+        rows (dict): for the attribute indices of a scene, its row in `table`.
+        table (PromptEmbeddings): one row per training scene, then the empty caption.
+    """
+
+    rows: dict[tuple[int, ...], int]
+    table: PromptEmbeddings
+
+    def embeddings(self, scenes: Tensor, generator: torch.Generator) -> PromptEmbeddings:
+        """Captions of scenes given as attribute indices (batch_size, 4); some are dropped."""
+        rows = torch.tensor([self.rows[tuple(row)] for row in scenes.tolist()])
+        rows[torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT] = len(self.rows)
+        return self.table[rows]
 
 
 def _extra_tokens(step: int) -> int:

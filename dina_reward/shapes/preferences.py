@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .autoencoder import decode_latents, encode_images
 from .degradations import degrade
-from .generator import JITTER, sample_latents
+from .generator import sample_latents
 from .oracle import FIT_WEIGHT, Oracle
 from .prompts import ATTRIBUTES, Scene, all_scenes, sample_prompts, sample_scenes
 from .renderer import render
@@ -144,7 +144,7 @@ def build_pool(pipeline: StableDiffusion3Pipeline, split: str, count: int, seed:
         seed (int): seeds every draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    images = render(sample_scenes(2 * count, split, seed=seed), generator, jitter=JITTER)
+    images = render(sample_scenes(2 * count, split, seed=seed), generator)
     spoiled = degrade(images[count:], torch.rand(count, generator=generator), generator)
     prompts = sample_prompts(2 * count, split, seed=seed)
     latents = {
