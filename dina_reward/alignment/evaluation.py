@@ -56,29 +56,6 @@ class EvaluationRecord:
     picture: str | None = None
 
 
-def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
-    """Images of unpacked, scaled latents, by the pipeline's own VAE and image processor.
-
-    Args:
-        latents (`Tensor`): shape ``(batch, channels, height, width)``.
-
-    Returns:
-        `Tensor` of shape ``(batch, 3, image height, image width)`` in [0, 1], float32, on the CPU.
-
-    Raises:
-        ValueError: the latents are packed.
-    """
-    if latents.ndim != 4:
-        raise ValueError(
-            f"can only decode latents of shape (batch, channels, height, width), got {tuple(latents.shape)}"
-        )
-    config = pipeline.vae.config
-    unscaled = latents.float() / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    images = pipeline.vae.decode(unscaled.to(pipeline.vae.dtype), return_dict=False)[0]
-    decoded: Tensor = pipeline.image_processor.postprocess(images.float(), output_type="pt")
-    return decoded.cpu()
-
-
 class HeldOutEvaluator:
     """Samples held-out prompts with the same noise each time and reports how good the images are.
 
@@ -177,7 +154,7 @@ class HeldOutEvaluator:
     def _images(self, latents: Tensor, indices: list[int]) -> Tensor | list[Tensor]:
         if not self.evaluators:
             latents = latents[: sum(index < self.num_images for index in indices)]
-        return decode_latents(self.policy.pipeline, latents) if len(latents) else []
+        return self.policy.family.decode_latents(self.policy.pipeline, latents).cpu() if len(latents) else []
 
 
 def _judge(evaluator: Evaluator, available: Mapping[str, Any], batch_size: int) -> dict[str, Tensor]:

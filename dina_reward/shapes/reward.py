@@ -1,16 +1,21 @@
-"""The latent reward of the shapes world: trained on the noisy labeller's preferences, never on the oracle itself."""
+"""The latent reward of the shapes world: trained on the noisy labeller's preferences, never on the oracle itself.
+
+`python -m dina_reward.shapes.reward` prints the shipped reward's accuracy and calibration on fresh held-out pairs.
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from diffusers import StableDiffusion3Pipeline
 
-from dina_reward.evaluation import EvaluationReport, PairProtocol, evaluate_preferences
+from dina_reward.evaluation import EvaluationReport, PairProtocol, evaluate_preferences, plot_evaluation
 from dina_reward.head import RewardHeadConfig
 from dina_reward.modeling import LatentRewardConfig, default_lora_config
 from dina_reward.reward import LatentReward
-from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs
+from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs, build_pool, sample_pairs
+from dina_reward.shapes.shipped import load_pipeline, load_reward
 from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 
@@ -43,7 +48,8 @@ def train_reward(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> LatentReward:
-    """Trains a reward as `LatentRewardTrainer` does for any model; checkpoints go to ``output``, and a killed run resumes.
+    """Trains a reward as `LatentRewardTrainer` does for any model; checkpoints go to ``output``; a killed run
+    resumes, a finished one is loaded.
 
     Args:
         pipeline: the generator that gives backbone and text encoders.
@@ -54,7 +60,9 @@ def train_reward(
     Returns:
         `LatentReward`: with the averaged weights, ready to score.
     """
-    output = Path(output)
+    output, averaged = Path(output), Path(output, "averaged")
+    if averaged.is_dir():
+        return LatentReward.from_pretrained(averaged, pipeline=pipeline)
     reward = new_reward(pipeline, seed)
     arguments = LatentRewardTrainingConfig(
         output_dir=str(output),
@@ -73,11 +81,32 @@ def train_reward(
     )
     trainer = LatentRewardTrainer(reward, arguments, train_dataset=pairs)
     trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
-    trainer.save_model(str(output / "averaged"))
-    return LatentReward.from_pretrained(output / "averaged", pipeline=pipeline)
+    trainer.save_model(str(averaged))
+    return LatentReward.from_pretrained(averaged, pipeline=pipeline)
 
 
 def evaluate_reward(reward: LatentReward, pairs: PreferencePairs) -> EvaluationReport:
     """Accuracy by noise level and calibration on the pairs whose oracle gap is not negligible."""
     clear = [pair for pair in pairs if abs(pair["gap"]) > NEGLIGIBLE_GAP]
     return evaluate_preferences(reward, clear, PROTOCOL, batch_size=256)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Evaluate the shipped reward on fresh pairs of held-out prompts.")
+    parser.add_argument("--pool", type=int, default=256, help="latents of each source")
+    parser.add_argument("--pairs", type=int, default=4000, help="pairs to draw; those of negligible gap are left out")
+    parser.add_argument("--seed", type=int, default=1234, help="seeds latents and pairs")
+    parser.add_argument("--picture", type=Path, help="where to draw accuracy by noise level and calibration")
+    arguments = parser.parse_args()
+    pipeline = load_pipeline()
+    pool = build_pool(pipeline, "held_out", arguments.pool, arguments.seed)
+    pairs = sample_pairs(pool, "held_out", arguments.pairs, arguments.seed)
+    report = evaluate_reward(load_reward(pipeline=pipeline), pairs)
+    print(report.table(), "calibration at level 0.4", report.calibration_table("0.4"), sep="\n\n")
+    if arguments.picture is not None:
+        plot_evaluation(report, arguments.picture)
+        print(f"picture: {arguments.picture}")
+
+
+if __name__ == "__main__":
+    main()

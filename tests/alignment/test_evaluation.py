@@ -8,29 +8,15 @@ from dina_reward.alignment.evaluation import (
     HISTORY_NAME,
     EvaluationRecord,
     append_record,
-    decode_latents,
     picture_grid,
     read_history,
     reward_hacking_alarms,
 )
-from tests.alignment.helpers import LATENT_SHAPE, PIXELS, PROMPTS, lora_tensors, tiny_pipeline, tiny_trainer
+from tests.alignment.helpers import PIXELS, PROMPTS, lora_tensors, tiny_trainer
 
 
 def record(step: int, reward: float, oracle: float) -> EvaluationRecord:
     return EvaluationRecord(step, {"reward": reward, "oracle": oracle}, {"reward": 0.01, "oracle": 0.01})
-
-
-def test_decode_is_the_pipeline_s_own():
-    pipeline = tiny_pipeline()
-    latents = torch.randn((2, *LATENT_SHAPE), generator=torch.Generator().manual_seed(0))
-    unscaled = latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
-    with torch.no_grad():
-        expected = pipeline.image_processor.postprocess(pipeline.vae.decode(unscaled).sample, output_type="pt")
-        images = decode_latents(pipeline, latents)
-    assert torch.equal(images, expected)
-    assert images.shape == (2, 3, PIXELS, PIXELS)
-    with pytest.raises(ValueError, match="can only decode latents of shape"):
-        decode_latents(pipeline, latents.flatten(2))
 
 
 def test_training_with_evaluation_writes_history_and_pictures(tmp_path):

@@ -183,6 +183,15 @@ def test_unknown_family_names_the_known_ones() -> None:
         family_of(torch.nn.Linear(1, 1))
 
 
+def test_decoding_equals_the_pipelines_own(setup: Setup) -> None:
+    arguments = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 16}
+    images, latents = (
+        setup.pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments).images
+        for kind in ("pt", "latent")
+    )
+    torch.testing.assert_close(setup.family.decode_latents(setup.pipeline, latents), images, rtol=0, atol=1e-5)
+
+
 def test_images_and_latents_round_trip_in_shape(setup: Setup) -> None:
     shape = setup.family.latent_shape(setup.pipeline, 64, 64, setup.denoiser.config)
     pixels = setup.family.decode_latents(setup.pipeline, torch.randn(2, *shape))

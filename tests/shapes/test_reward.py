@@ -1,0 +1,81 @@
+"""The shipped reward keeps its promises on pairs it has never seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dina_reward import LatentReward
+from dina_reward.shapes import build_pool, load_pipeline, load_reward, sample_pairs, sample_prompts
+from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs
+from dina_reward.shapes.reward import evaluate_reward, new_reward, train_reward
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def reward(pipeline: Any) -> LatentReward:
+    return load_reward(pipeline=pipeline)
+
+
+@pytest.fixture(scope="module")
+def pairs(pipeline: Any) -> PreferencePairs:
+    return sample_pairs(build_pool(pipeline, "held_out", 48, seed=99), "held_out", 700, seed=99)
+
+
+def test_accuracy_ensemble_and_calibration(reward: LatentReward, pairs: PreferencePairs) -> None:
+    report = evaluate_reward(reward, pairs)
+    assert report.accuracy["0.4"].value >= 0.85
+    assert report.accuracy["ensemble"].value >= report.accuracy[report.best_level].value - 0.02
+    assert report.calibration["0.4"].expected_calibration_error < 0.06
+    assert report.accuracy["0.4"].counted == sum(abs(pair["gap"]) > NEGLIGIBLE_GAP for pair in pairs)
+
+
+def test_wrong_captions_score_lower(reward: LatentReward, pipeline: Any) -> None:
+    from dina_reward.shapes import Scene, encode_images, render, sample_scenes
+
+    scenes = sample_scenes(48, "held_out", seed=3)
+    latents = encode_images(pipeline.vae, render(scenes, torch.Generator().manual_seed(3)))
+    right = reward(latents, [scene.caption for scene in scenes], seed=0)
+    colours = {"red": "blue"}
+    wrong = [
+        Scene(scene.size, colours.get(scene.color, "red"), scene.shape, scene.background).caption for scene in scenes
+    ]
+    assert float((right > reward(latents, wrong, seed=0)).float().mean()) > 0.9
+
+
+def test_shared_and_standalone_agree(reward: LatentReward, pipeline: Any, pairs: PreferencePairs) -> None:
+    shared = load_reward(pipeline=pipeline, share_backbone=True)
+    prompts = sample_prompts(16, "held_out", seed=0)
+    latents = pairs.latents[:16]
+    torch.testing.assert_close(shared(latents, prompts, seed=0), reward(latents, prompts, seed=0), atol=1e-4, rtol=0)
+
+
+def test_it_finds_its_backbone_beside_itself(reward: LatentReward, pairs: PreferencePairs) -> None:
+    alone = load_reward()
+    conditioning, index = reward.encode_prompts(sample_prompts(4, "held_out", seed=0))
+    rows = conditioning[index]
+    embeds = {"prompt_embeds": rows.prompt_embeds, "pooled_prompt_embeds": rows.pooled_prompt_embeds}
+    expected = reward(pairs.latents[:4], seed=0, **embeds)
+    torch.testing.assert_close(alone(pairs.latents[:4], seed=0, **embeds), expected, atol=1e-4, rtol=0)
+
+
+def test_training_writes_a_reward_and_is_not_repeated(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_pairs = sample_pairs(build_pool(pipeline, "train", 16, seed=5), "train", 128, seed=5)
+    first = train_reward(pipeline, train_pairs, tmp_path, steps=4, batch_size=8)
+    assert first.merged
+    assert first.config.backbone_model_id == "../sd3"
+    assert (tmp_path / "checkpoint-4").is_dir()
+    monkeypatch.setattr("dina_reward.shapes.reward.LatentRewardTrainer", None)
+    again = train_reward(pipeline, train_pairs, tmp_path, steps=4, batch_size=8)
+    states = [candidate.model.trainable_state() for candidate in (first, again, new_reward(pipeline))]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
