@@ -196,11 +196,13 @@ def _reference_config(model: dict[str, Any], adapter_config: dict[str, Any]) -> 
 def write_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Writes the native format.
 
-    A new directory appears whole or not at all. In a directory that also holds other files each file is replaced
-    atomically, ``config.json`` with its digests last, so that a mixture of old and new files is refused when read.
+    A new directory, or one that replaces an older checkpoint, appears whole or not at all. An empty directory, and one
+    that also holds other files, may be in use by others: there each file is replaced atomically, ``config.json`` with
+    its digests last, so that a mixture of old and new files is refused when read.
     """
     target = Path(directory)
-    if target.is_dir() and {entry.name for entry in target.iterdir()} - set(NATIVE_FILES):
+    names = {entry.name for entry in target.iterdir()} if target.is_dir() else None
+    if names is not None and (not names or names - set(NATIVE_FILES)):
         staging = target / f".reward-{os.getpid()}"
         staging.mkdir(exist_ok=True)
         _write_files(staging, checkpoint)

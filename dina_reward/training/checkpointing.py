@@ -67,6 +67,9 @@ class AtomicCheckpointMixin(_Trainer):
         self._staging = incomplete_name(target)
         staged = self._staging / target.name
         try:
+            # There before any rank writes, so that no rank creates or replaces it while another one is writing.
+            staged.mkdir(parents=True, exist_ok=True)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self._point_at_best_checkpoint(run_dir, staged)
         finally:
