@@ -32,7 +32,7 @@ class FlowGRPOArguments:
     reward_model_path: str = field(metadata={"help": "LatentReward checkpoint (hub id or path), or 'shapes'."})
     dataset_name: str = field(
         metadata={
-            "help": "Prompts: a folder of SPLIT.txt files with one per line, a dataset with a prompt column, or shapes.."
+            "help": "Prompts: a folder of SPLIT.txt files with one per line, a dataset with a prompt column, or 'shapes'."
         }
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -77,17 +77,13 @@ def load_prompts(arguments: FlowGRPOArguments, split: str, seed: int) -> Any:
     return load_dataset(arguments.dataset_name, split=split)
 
 
-def shapes_oracle() -> Any:
-    """Judge of decoded images of the embedded world, for held-out evaluation only."""
-    from dina_reward.shapes import Oracle
+def evaluators(arguments: FlowGRPOArguments) -> list[Any]:
+    """Judges of decoded held-out images that training never sees; add your own for real images."""
+    if arguments.dataset_name != SHAPES:
+        return []
+    from dina_reward.shapes.alignment import oracle_scores
 
-    oracle = Oracle()
-
-    def judge(images: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
-        scores = oracle(images, prompts)
-        return {"oracle_fit": scores.fit, "oracle_cleanness": scores.cleanness}
-
-    return judge
+    return [oracle_scores]
 
 
 def main(arguments: FlowGRPOArguments, config: DiffusionGRPOConfig) -> None:
@@ -104,7 +100,7 @@ def main(arguments: FlowGRPOArguments, config: DiffusionGRPOConfig) -> None:
         config,
         train_dataset=load_prompts(arguments, arguments.dataset_train_split, seed=config.seed),
         eval_dataset=held_out,
-        evaluators=[shapes_oracle()] if arguments.dataset_name == SHAPES else [],
+        evaluators=evaluators(arguments),
     )
     resume = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(resume).lower(), resume))

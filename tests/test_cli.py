@@ -121,3 +121,14 @@ def test_errors_end_in_one_line(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: the checkpoint is incomplete")
+
+
+def test_train_hands_its_options_to_the_parser(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("model_name_or_path: x\ndataset_name: y\nlora_rnak: 4\n")
+    result = invoke("train", "--config", config)
+    assert isinstance(result.exception, ValueError)
+    assert "lora_rnak" in str(result.exception)
+    result = invoke("train", "--help")
+    assert result.exit_code == 0
+    assert "--eval_noise_levels" in result.output

@@ -80,7 +80,7 @@ def alignment_config(
         "height": 32,
         "width": 32,
         "max_sequence_length": MAX_PROMPT_TOKENS,
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "epsilon": 1e-3,
         "max_grad_norm": 1.0,
         "lora_rank": 32,

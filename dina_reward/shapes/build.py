@@ -14,6 +14,7 @@ make it anew.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def build_generator(output: Path, seed: int = 0) -> None:
     pipeline.vae.half()
     with atomic_directory(output / "sd3") as directory:
         pipeline.save_pretrained(directory)
+        forget_origin(directory)
+
+
+def forget_origin(directory: Path) -> None:
+    """Remove the path that a model was loaded from out of every configuration below `directory`."""
+    for path in directory.rglob("*.json"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def build_preferences(output: Path, seed: int = 0) -> None:

@@ -1,6 +1,7 @@
 import pytest
 
 from dina_reward.shapes import build as build_module
+from dina_reward.shapes import weights_dir
 from dina_reward.shapes.build import STAGES, build
 
 
@@ -44,3 +45,17 @@ def test_force_makes_only_the_named_stages_anew(calls, tmp_path):
 def test_unknown_stages_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Unknown stages decoder; expected some of vae, generator"):
         build(tmp_path, ["decoder"])
+
+
+def test_configurations_forget_where_models_came_from(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"a": 1, "_name_or_path": "/somewhere"}')
+    (tmp_path / "list.json").write_text("[1]")
+    build_module.forget_origin(tmp_path)
+    assert (tmp_path / "vae" / "config.json").read_text() == '{\n  "a": 1\n}\n'
+    assert (tmp_path / "list.json").read_text() == "[1]"
+
+
+def test_shipped_configurations_name_no_path():
+    root = weights_dir("sd3")
+    assert not [path for path in root.rglob("*.json") if "_name_or_path" in path.read_text()]
