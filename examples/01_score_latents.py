@@ -21,6 +21,7 @@ latents = pipe(
     [prompt] * 8,
     num_inference_steps=10,
     guidance_scale=1.0,
+    max_sequence_length=6,
     output_type="latent",
     generator=torch.Generator().manual_seed(0),
 ).images

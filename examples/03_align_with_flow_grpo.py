@@ -32,6 +32,7 @@ arguments = DiffusionGRPOConfig(
     sde_window_size=3,
     height=32,
     width=32,
+    max_sequence_length=6,  # the longest caption of this world has six words
     learning_rate=1e-3,
     epsilon=1e-3,
     ema_decay=None,

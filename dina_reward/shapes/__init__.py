@@ -8,7 +8,8 @@ Example:
 
     pipeline = load_pipeline()
     prompts = sample_prompts(8, "held_out", seed=0)
-    images = pipeline(prompts, num_inference_steps=10, guidance_scale=1.0, output_type="pt").images
+    settings = {"num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 6}
+    images = pipeline(prompts, output_type="pt", **settings).images
     print(Oracle()(images, prompts).fit)
 
 Public names load on first use.

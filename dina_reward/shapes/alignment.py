@@ -23,7 +23,7 @@ from dina_reward.shapes.shipped import load_pipeline, load_reward
 from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 
 
-ITERATIONS = 40
+ITERATIONS = 30
 EVALUATION_PROMPTS = 144
 OPTIMIZER_STEPS_PER_ITERATION = 2
 _EVALUATION_SEED = 1
@@ -80,7 +80,7 @@ def alignment_config(
         "height": 32,
         "width": 32,
         "max_sequence_length": MAX_PROMPT_TOKENS,
-        "learning_rate": 2e-3,
+        "learning_rate": 1e-3,
         "epsilon": 1e-3,
         "max_grad_norm": 1.0,
         "lora_rank": 32,
