@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from dina_reward.alignment.evaluation import EvaluationRecord
+from dina_reward.alignment.evaluation import GRID_GAP, EvaluationRecord
 from dina_reward.console import print_table
-from dina_reward.shapes.alignment import AlignmentResult, align
+from dina_reward.shapes.alignment import (
+    EVALUATION_IMAGES,
+    EVALUATION_PROMPTS,
+    AlignmentResult,
+    align,
+    held_out_prompts,
+)
 from dina_reward.shapes.autoencoder import decode_latents
 from dina_reward.shapes.generator import sample_latents
 from dina_reward.shapes.oracle import Oracle
@@ -18,6 +25,7 @@ from dina_reward.shapes.shipped import load_pipeline, load_reward
 
 
 PICTURE_NAME = "demo.png"
+_ROWS, _COLUMNS = 2, 8
 
 
 def run_demo(output: Path, *, iterations: int, seed: int) -> None:
@@ -28,6 +36,11 @@ def run_demo(output: Path, *, iterations: int, seed: int) -> None:
         iterations: alignment iterations.
         seed: of every random draw.
     """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     print("1. Scoring latents of held-out prompts; the oracle sees the decoded images only to check the reward.")
     show_scores(seed)
     print(
@@ -67,30 +80,59 @@ def show_result(result: AlignmentResult) -> None:
 
 
 def draw(result: AlignmentResult, path: Path) -> Path:
-    """Draws samples before and after, and the curves of reward and oracle."""
+    """Draws the same held-out prompts and noise before and after, and the curves of reward and oracle."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    before, after, curves = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    for axes, record, title in ((before, result.history[0], "before"), (after, result.history[-1], "after")):
+    first, last = result.history[0], result.history[-1]
+    figure = Figure(figsize=(15, 6.2), layout="constrained")
+    samples, curves = figure.subfigures(1, 2, width_ratios=(2.1, 1))  # type: ignore[misc]
+    figure.suptitle("Flow-GRPO on a latent reward: held-out prompts, the same noise, no pixel decoded in training")
+    axes = samples.subplots(2 * _ROWS, _COLUMNS)
+    prompts = held_out_prompts()[: _ROWS * _COLUMNS]
+    for offset, record in enumerate((first, last)):
         assert record.picture is not None
-        axes.imshow(Image.open(result.output_dir / record.picture))
-        axes.set_title(f"{title}: oracle fit {record.metrics['fit']:.2f}")
-        axes.axis("off")
-    _draw_curves(curves, result.history)
-    figure.suptitle("Flow-GRPO on a latent reward: the same held-out prompts and noise, no pixel decoded in training")
+        for number, tile in enumerate(tiles(Image.open(result.output_dir / record.picture), len(prompts))):
+            row, column = divmod(number, _COLUMNS)
+            _draw_tile(axes[2 * row + offset, column], tile, ("before", "after")[offset] if column == 0 else "")
+            if offset == 0:
+                axes[2 * row, column].set_title(_wrapped(prompts[number]), fontsize=8)
+    samples.suptitle(f"oracle fit {first.metrics['fit']:.2f} before, {last.metrics['fit']:.2f} after", fontsize=10)
+    _draw_curves(curves.subplots(), result.history)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     return path
+
+
+def tiles(grid: Image.Image, count: int) -> list[Image.Image]:
+    """The first images of a grid that `picture_grid` has made of ``EVALUATION_IMAGES`` square images."""
+    per_row = math.ceil(math.sqrt(EVALUATION_IMAGES))
+    side = (grid.width - GRID_GAP) // per_row - GRID_GAP
+    corners = [
+        (GRID_GAP + column * (side + GRID_GAP), GRID_GAP + row * (side + GRID_GAP))
+        for row, column in (divmod(number, per_row) for number in range(count))
+    ]
+    return [grid.crop((x, y, x + side, y + side)) for x, y in corners]
+
+
+def _wrapped(prompt: str) -> str:
+    """ "a large red circle on a white background" -> two short lines."""
+    thing, background = prompt.removeprefix("a ").split(" on a ")
+    return f"{thing}\non {background.removesuffix(' background')}"
+
+
+def _draw_tile(axes, tile: Image.Image, label: str) -> None:  # type: ignore[no-untyped-def]
+    axes.imshow(tile)
+    axes.set(xticks=[], yticks=[])
+    axes.set_ylabel(label)
 
 
 def _draw_curves(axes, history: list[EvaluationRecord]) -> None:  # type: ignore[no-untyped-def]
     steps = [record.step for record in history]
     for metric, style in (("fit", "o-"), ("cleanness", "s--")):
         axes.plot(steps, [record.metrics[metric] for record in history], style, label=f"oracle {metric}")
-    axes.set(xlabel="optimizer step", ylabel="oracle, held-out prompts", ylim=(0, 1))
+    axes.set(xlabel="optimizer step", ylabel=f"oracle, {EVALUATION_PROMPTS} held-out prompts", ylim=(0, 1))
     rewards = axes.twinx()
     rewards.plot(steps, [record.metrics["reward"] for record in history], "^:", color="tab:red", label="latent reward")
-    rewards.set_ylabel("latent reward", color="tab:red")
+    rewards.set_ylabel("latent reward (raw)", color="tab:red")
     lines = [*axes.get_lines(), *rewards.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")

@@ -18,7 +18,7 @@ def test_demo_writes_and_names_its_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "latent reward (trained on)" in result.output
     assert str(tmp_path / "demo.png") in result.output.replace("\n", "")
-    assert Image.open(tmp_path / "demo.png").size == (1430, 506)
+    assert Image.open(tmp_path / "demo.png").size == (1500, 620)
     history = read_history(tmp_path / "evaluation_history.jsonl")
     assert [record.step for record in history] == [0, 2]
     assert {"reward", "fit", "cleanness"} == set(history[0].metrics)

@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 
 HISTORY_NAME = "evaluation_history.jsonl"
 PICTURES_NAME = "pictures"
+GRID_GAP = 4
+"""Pixels between the images of a picture grid."""
 
 Evaluator = Callable[..., Any]
 """Callable by keyword with ``images`` (shape ``(batch, 3, height, width)``, in [0, 1]), ``prompts``, ``latents``, columns.
@@ -174,7 +176,7 @@ def _summarise(step: int, scores: Sequence[Mapping[str, float]], picture: str | 
     return EvaluationRecord(step, means, spread, picture)
 
 
-def picture_grid(images: Sequence[Tensor], min_side: int = 96, gap: int = 4) -> Image.Image:
+def picture_grid(images: Sequence[Tensor], min_side: int = 96, gap: int = GRID_GAP) -> Image.Image:
     """Images side by side, in an almost square grid; small ones are enlarged pixel by pixel.
 
     Args:

@@ -25,6 +25,7 @@ from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 
 ITERATIONS = 30
 EVALUATION_PROMPTS = 144
+EVALUATION_IMAGES = 16
 OPTIMIZER_STEPS_PER_ITERATION = 2
 _EVALUATION_SEED = 1
 
@@ -52,6 +53,11 @@ def oracle_scores(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Held-out evaluator: the oracle's fit and cleanness of decoded images. Never a training reward."""
     scores = Oracle()(images.cpu(), list(prompts))
     return {"fit": scores.fit, "cleanness": scores.cleanness}
+
+
+def held_out_prompts() -> list[str]:
+    """Prompts of every evaluation, the same in each run; neither generator nor reward has trained on their scenes."""
+    return sample_prompts(EVALUATION_PROMPTS, "held_out", seed=_EVALUATION_SEED)
 
 
 def alignment_config(
@@ -91,7 +97,7 @@ def alignment_config(
         "eval_steps": evaluate_every * steps,
         "eval_on_start": True,
         "eval_num_inference_steps": 10,
-        "eval_num_images": 16,
+        "eval_num_images": EVALUATION_IMAGES,
         "per_device_eval_batch_size": EVALUATION_PROMPTS,
         "logging_steps": steps,
         "save_strategy": "no",
@@ -122,7 +128,7 @@ def align(
         reward,
         alignment_config(output_dir, iterations=iterations, seed=seed, **overrides),
         train_dataset=sample_prompts(16 * iterations, "train", seed=seed),
-        eval_dataset=sample_prompts(EVALUATION_PROMPTS, "held_out", seed=_EVALUATION_SEED),
+        eval_dataset=held_out_prompts(),
         evaluators=oracle_scores,
         callbacks=list(callbacks),
     )
