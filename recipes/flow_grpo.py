@@ -66,9 +66,9 @@ def load_models(arguments: FlowGRPOArguments, device: torch.device) -> tuple[Any
 def load_prompts(arguments: FlowGRPOArguments, split: str, seed: int) -> Any:
     """Prompts of one split."""
     if arguments.dataset_name == SHAPES:
-        from dina_reward.shapes import sample_prompts
+        from dina_reward.shapes.alignment import held_out_prompts, training_prompts
 
-        return sample_prompts(arguments.max_eval_prompts if split == "held_out" else 96, split, seed=seed)
+        return held_out_prompts() if split == "held_out" else training_prompts(seed)
     if Path(arguments.dataset_name).is_dir() and Path(arguments.dataset_name, f"{split}.txt").is_file():
         lines = Path(arguments.dataset_name, f"{split}.txt").read_text(encoding="utf-8").splitlines()
         return [line.strip() for line in lines if line.strip()]

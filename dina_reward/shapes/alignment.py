@@ -18,7 +18,7 @@ from torch import Tensor
 from dina_reward.alignment import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from dina_reward.alignment.evaluation import HISTORY_NAME, EvaluationRecord, read_history
 from dina_reward.shapes.oracle import Oracle
-from dina_reward.shapes.prompts import sample_prompts
+from dina_reward.shapes.prompts import all_scenes, sample_prompts
 from dina_reward.shapes.shipped import load_pipeline, load_reward
 from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 
@@ -58,6 +58,11 @@ def oracle_scores(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
 def held_out_prompts() -> list[str]:
     """Prompts of every evaluation, the same in each run; neither generator nor reward has trained on their scenes."""
     return sample_prompts(EVALUATION_PROMPTS, "held_out", seed=_EVALUATION_SEED)
+
+
+def training_prompts(seed: int) -> list[str]:
+    """Prompts of a run, in an order that depends on its seed: five for each training scene."""
+    return sample_prompts(5 * len(all_scenes("train")), "train", seed=seed)
 
 
 def alignment_config(
@@ -127,7 +132,7 @@ def align(
         pipeline,
         reward,
         alignment_config(output_dir, iterations=iterations, seed=seed, **overrides),
-        train_dataset=sample_prompts(16 * iterations, "train", seed=seed),
+        train_dataset=training_prompts(seed),
         eval_dataset=held_out_prompts(),
         evaluators=oracle_scores,
         callbacks=list(callbacks),
