@@ -5,8 +5,9 @@ Public names load on first use, so that ``import dina_reward`` costs nothing.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dina_reward.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
@@ -22,21 +23,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "CheckpointError": "dina_reward.checkpoint",
-    "DiffusionGRPOConfig": "dina_reward.alignment",
-    "DiffusionGRPOTrainer": "dina_reward.alignment",
-    "LatentReward": "dina_reward.reward",
-    "LatentRewardConfig": "dina_reward.modeling",
-    "LatentRewardModel": "dina_reward.modeling",
-    "LatentRewardTrainer": "dina_reward.training",
-    "LatentRewardTrainingConfig": "dina_reward.training",
-    "NonFiniteError": "dina_reward.inputs",
-    "RewardOutput": "dina_reward.scoring",
-    "SharedBackboneError": "dina_reward.sharing",
-    "convert_checkpoint": "dina_reward.checkpoint",
-    "default_lora_config": "dina_reward.modeling",
-    "evaluate_preferences": "dina_reward.evaluation",
+_MODULES = {
+    "CheckpointError": "checkpoint",
+    "DiffusionGRPOConfig": "alignment",
+    "DiffusionGRPOTrainer": "alignment",
+    "LatentReward": "reward",
+    "LatentRewardConfig": "modeling",
+    "LatentRewardModel": "modeling",
+    "LatentRewardTrainer": "training",
+    "LatentRewardTrainingConfig": "training",
+    "NonFiniteError": "inputs",
+    "RewardOutput": "scoring",
+    "SharedBackboneError": "sharing",
+    "convert_checkpoint": "checkpoint",
+    "default_lora_config": "modeling",
+    "evaluate_preferences": "evaluation",
 }
 
 __all__ = [
@@ -57,14 +58,4 @@ __all__ = [
     "evaluate_preferences",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'dina_reward' has no attribute {name!r}")
-    value = getattr(import_module(_EXPORTS[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

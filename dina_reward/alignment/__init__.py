@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dina_reward.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
     from dina_reward.alignment.config import DiffusionGRPOConfig
     from dina_reward.alignment.trainer import DiffusionGRPOTrainer
 
-_EXPORTS = {
-    "DiffusionGRPOConfig": "dina_reward.alignment.config",
-    "DiffusionGRPOTrainer": "dina_reward.alignment.trainer",
+_MODULES = {
+    "DiffusionGRPOConfig": "config",
+    "DiffusionGRPOTrainer": "trainer",
 }
 
 __all__ = ["DiffusionGRPOConfig", "DiffusionGRPOTrainer"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

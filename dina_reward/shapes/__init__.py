@@ -17,8 +17,9 @@ Public names load on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dina_reward.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from dina_reward.shapes.renderer import render
     from dina_reward.shapes.shipped import load_pipeline, load_reward, weights_dir
 
-_EXPORTS = {
+_MODULES = {
     "Oracle": "oracle",
     "OracleScores": "oracle",
     "PipelineEvaluation": "evaluation",
@@ -78,14 +79,4 @@ __all__ = [
     "weights_dir",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'dina_reward.shapes' has no attribute {name!r}")
-    value = getattr(import_module(f"dina_reward.shapes.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

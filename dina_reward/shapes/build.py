@@ -35,7 +35,7 @@ from .reward import evaluate_reward, train_reward
 POOL_SIZES = {"train": 4096, "held_out": 1024}
 """Latents of each of the five sources."""
 
-PAIR_COUNTS = {"train": 60000, "held_out": 8000}
+PAIR_COUNTS = {"train": 60000, "held_out": 4000}
 
 
 def build_vae(output: Path, seed: int = 0) -> None:

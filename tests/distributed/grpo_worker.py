@@ -35,7 +35,7 @@ def run(output_dir: Path, batch_size: int) -> tuple[DiffusionGRPOTrainer, dict[s
     return trainer, {
         "rows": [row for part in experience for row in part.rows],
         "initial": torch.cat([maker._initial_latents(0, part.rows) for part in experience]),
-        "window": experience[0].rollout.window,
+        "window": list(experience[0].rollout.window),
         "final": torch.cat([part.rollout.latents for part in experience]),
         "advantages": torch.cat([part.advantages for part in experience]),
         "lora": lora_tensors(trainer),
