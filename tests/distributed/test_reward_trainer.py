@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dina_reward.training.pair_noise import NoisedPairs, PairNoiser
+from tests.distributed.launch import launch_two_processes
 from tests.training.tiny_reward import tiny_trainer, trained_parameters
 
 
-ROOT = Path(__file__).parents[2]
 STEPS = 3
-
-
-def run_two_processes(output_dir: Path, batch_size: int) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    arguments = [__file__, str(output_dir), str(batch_size)]
-    result = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directories = {name: tmp_path_factory.mktemp(name) for name in ("one", "two")}
     work(directories["one"], batch_size=8)
-    run_two_processes(directories["two"], batch_size=4)
+    launch_two_processes(__file__, directories["two"], 4)
     return directories
 
 
