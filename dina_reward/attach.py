@@ -113,6 +113,11 @@ def _generator(family: ModelFamily, source: BackboneSource) -> Any:
     if model is None:
         return None
     model = unwrap(model)
+    if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        raise ValueError(
+            "the generator's query, key and value projections are fused, so LoRA layers on them would have no effect; call "
+            "`unfuse_qkv_projections()` before attaching a reward"
+        )
     found = family_of(model)
     if found is not family:
         raise ValueError(

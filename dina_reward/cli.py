@@ -1,4 +1,4 @@
-"""`dina-reward`: score, train, convert, demo, info."""
+"""`dina-reward`: score, train, convert, demo, info, recipes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dina_reward.cli_recipes import app as recipes_app
 from dina_reward.console import print_table, reward_path
 
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(recipes_app, name="recipes")
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from dina_reward.alignment.evaluation import GRID_GAP, EvaluationRecord
+from dina_reward.alignment.evaluation import EvaluationRecord
+from dina_reward.alignment.pictures import grid_tiles
 from dina_reward.console import print_table
 from dina_reward.shapes.alignment import (
     EVALUATION_IMAGES,
@@ -91,7 +91,8 @@ def draw(result: AlignmentResult, path: Path) -> Path:
     prompts = held_out_prompts()[: _ROWS * _COLUMNS]
     for offset, record in enumerate((first, last)):
         assert record.picture is not None
-        for number, tile in enumerate(tiles(Image.open(result.output_dir / record.picture), len(prompts))):
+        grid = Image.open(result.output_dir / record.picture)
+        for number, tile in enumerate(grid_tiles(grid, EVALUATION_IMAGES, len(prompts))):
             row, column = divmod(number, _COLUMNS)
             _draw_tile(axes[2 * row + offset, column], tile, ("before", "after")[offset] if column == 0 else "")
             if offset == 0:
@@ -101,17 +102,6 @@ def draw(result: AlignmentResult, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return path
-
-
-def tiles(grid: Image.Image, count: int) -> list[Image.Image]:
-    """The first images of a grid that `picture_grid` has made of ``EVALUATION_IMAGES`` square images."""
-    per_row = math.ceil(math.sqrt(EVALUATION_IMAGES))
-    side = (grid.width - GRID_GAP) // per_row - GRID_GAP
-    corners = [
-        (GRID_GAP + column * (side + GRID_GAP), GRID_GAP + row * (side + GRID_GAP))
-        for row, column in (divmod(number, per_row) for number in range(count))
-    ]
-    return [grid.crop((x, y, x + side, y + side)) for x, y in corners]
 
 
 def _wrapped(prompt: str) -> str:

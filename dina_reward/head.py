@@ -17,7 +17,7 @@ class RewardHeadConfig:
     """Shape of a `RewardHead`.
 
     Args:
-        width: channels inside the head; ``None`` takes the backbone's hidden size.
+        width: channels inside the head; ``None`` takes the backbone's hidden size, in a UNet the largest tapped one.
         num_queries: learned query tokens.
         num_attention_heads: attention heads; must divide ``width``.
         project_inputs: put a linear layer before every FiLM adapter even where sizes already agree.
@@ -141,7 +141,7 @@ class RewardHead(nn.Module):
 
     Args:
         config: shape of the head.
-        sizes: channel counts of the features.
+        sizes: channel counts of the features; with a tuple, ``hidden`` has one entry per visual tap.
         num_visual_taps, num_text_taps: tapped layers per modality.
 
     Example:
@@ -153,21 +153,23 @@ class RewardHead(nn.Module):
         self, config: RewardHeadConfig, sizes: FeatureSizes, *, num_visual_taps: int, num_text_taps: int
     ) -> None:
         super().__init__()
-        width = config.width or sizes.hidden
+        visual_sizes = (sizes.hidden,) * num_visual_taps if isinstance(sizes.hidden, int) else sizes.hidden
+        if len(visual_sizes) != num_visual_taps:
+            raise ValueError(f"got {len(visual_sizes)} sizes of visual features for {num_visual_taps} visual taps")
+        text_sizes = (max(visual_sizes) if sizes.text is None else sizes.text,) * num_text_taps
+        width = config.width or max(visual_sizes)
         if width % config.num_attention_heads or width % 4:
             raise ValueError(
                 f"head width {width} must be divisible by 4 and by num_attention_heads ({config.num_attention_heads})"
             )
 
-        def adapters(count: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                LayerAdapter(sizes.hidden, sizes.temb, width, config.project_inputs) for _ in range(count)
-            )
+        def adapters(input_sizes: Sequence[int]) -> nn.ModuleList:
+            return nn.ModuleList(LayerAdapter(size, sizes.temb, width, config.project_inputs) for size in input_sizes)
 
         use_text = config.use_text_features
-        self.layer_adapters_visual = adapters(num_visual_taps)
+        self.layer_adapters_visual = adapters(visual_sizes)
         self.agg_visual = nn.Linear(num_visual_taps * (width // 4), width)
-        self.layer_adapters_text = adapters(num_text_taps) if use_text else None
+        self.layer_adapters_text = adapters(text_sizes) if use_text else None
         self.agg_text = nn.Linear(num_text_taps * (width // 4), width) if use_text else None
         self.query_tokens = nn.Parameter(torch.randn(1, config.num_queries, width) * 0.02)
         self.attn1 = QueryAttention(width, config.num_attention_heads, use_text=use_text, gated=True)

@@ -120,7 +120,7 @@ class LatentRewardModel(nn.Module):
         assert config.text_taps is not None
         self.head = RewardHead(
             config.head,
-            family.feature_sizes(config.backbone_config),
+            family.feature_sizes(config.backbone_config).at(config.visual_taps),
             num_visual_taps=len(config.visual_taps),
             num_text_taps=len(config.text_taps),
         ).to(self.device)
@@ -198,14 +198,16 @@ class LatentRewardModel(nn.Module):
 def default_lora_config(config: LatentRewardConfig, *, rank: int = 64, alpha: int | None = None) -> LoraConfig:
     """The published LoRA: gaussian initialisation, ``alpha = 2 rank``, every attention projection.
 
-    Where the last text tap lies before the last block, that block's text projections are left alone.
+    Where the family's blocks transform text and the last text tap lies before the last block, that block's text
+    projections are left alone.
     """
-    unread = config.num_layers > max(config.text_taps or (0,))
+    targets = get_family(config.family).reward_lora_targets
+    unread = config.num_layers > max(config.text_taps or (0,)) and "to_add_out" in targets
     last = rf".*\.{config.num_layers - 1}\..*\.(add_[qkv]_proj|to_add_out)"
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         init_lora_weights="gaussian",
-        target_modules=list(get_family(config.family).reward_lora_targets),
+        target_modules=list(targets),
         exclude_modules=last if unread else None,
     )

@@ -51,7 +51,7 @@ trainer = DiffusionGRPOTrainer(
     arguments,
     train_dataset=sample_prompts(256, "train", seed=0),
     eval_dataset=sample_prompts(128, "held_out", seed=1),
-    evaluators=oracle_scores,  # decodes and judges held-out samples; training never sees it
+    eval_reward_funcs=oracle_scores,  # decodes and judges held-out samples; training never sees it
 )
 trainer.train()
 trainer.save_model()

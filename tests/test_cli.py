@@ -44,7 +44,7 @@ def invoke(*arguments: object) -> Any:
 
 
 def test_help_everywhere() -> None:
-    for command in ([], ["score"], ["convert"], ["info"], ["demo"]):
+    for command in ([], ["score"], ["convert"], ["info"], ["demo"], ["recipes"], ["recipes", "validate"]):
         result = invoke(*command, "--help")
         assert result.exit_code == 0
         assert "Usage" in result.output

@@ -21,7 +21,7 @@ def test_demo_writes_and_names_its_picture(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "demo.png").size == (1500, 620)
     history = read_history(tmp_path / "evaluation_history.jsonl")
     assert [record.step for record in history] == [0, 2]
-    assert {"reward", "fit", "cleanness"} == set(history[0].metrics)
+    assert {"reward", "fit", "cleanness", "hacking_alarm"} == set(history[0].metrics)
 
 
 def test_shipped_alignment_never_decodes_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

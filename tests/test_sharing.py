@@ -177,6 +177,13 @@ def test_full_fine_tuning_is_refused(pipeline: Any, checkpoint: Path, latents: T
         reward(latents, PROMPTS)
 
 
+@pytest.mark.parametrize("share_backbone", [True, False])
+def test_fused_projections_are_refused(pipeline: Any, checkpoint: Path, latents: Tensor, share_backbone: bool) -> None:
+    pipeline.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        LatentReward.from_pretrained(checkpoint, pipeline=pipeline, share_backbone=share_backbone)
+
+
 def test_fused_lora_is_refused(pipeline: Any, checkpoint: Path, latents: Tensor) -> None:
     add_policy_lora(pipeline.transformer)
     reward = LatentReward.from_pretrained(checkpoint, pipeline=pipeline, share_backbone=True)

@@ -25,8 +25,8 @@ def t5_tokenizer(model_max_length: int = 77) -> Any:
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=model_max_length)
 
 
-def clip_text_encoder(tokenizer: Any, hidden: int = 32) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def clip_text_encoder(tokenizer: Any, hidden: int = 32, projection: bool = True) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -41,7 +41,7 @@ def clip_text_encoder(tokenizer: Any, hidden: int = 32) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModelWithProjection(config).eval()
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def t5_encoder(tokenizer: Any, width: int = 64) -> Any:
@@ -59,7 +59,7 @@ def t5_encoder(tokenizer: Any, width: int = 64) -> Any:
     return T5EncoderModel(config).eval()
 
 
-def tiny_vae(latent_channels: int = 16) -> Any:
+def tiny_vae(latent_channels: int = 16, scaling_factor: float = 1.5305, shift_factor: float | None = 0.0609) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -70,8 +70,8 @@ def tiny_vae(latent_channels: int = 16) -> Any:
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
     ).eval()
@@ -118,4 +118,50 @@ def tiny_sd3_pipeline(seed: int = 0, **overrides: Any) -> Any:
             tokenizer_3=tokenizer_3,
             image_encoder=None,
             feature_extractor=None,
+        )
+
+
+def tiny_unet(**overrides: Any) -> Any:
+    """2 down blocks with cross attention of widths 32 and 64, and a mid block."""
+    from diffusers import UNet2DConditionModel
+
+    config: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 48,
+        "attention_head_dim": 4,
+    }
+    return UNet2DConditionModel(**{**config, **overrides}).eval()
+
+
+def tiny_sd_pipeline(seed: int = 0, prediction_type: str = "epsilon", **overrides: Any) -> Any:
+    """`StableDiffusionPipeline` with a character tokenizer of 16 tokens and random weights."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = clip_tokenizer(model_max_length=16)
+        return StableDiffusionPipeline(
+            unet=tiny_unet(**overrides),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+                prediction_type=prediction_type,
+            ),
+            vae=tiny_vae(4, scaling_factor=0.18215, shift_factor=None),
+            text_encoder=clip_text_encoder(tokenizer, hidden=48, projection=False),
+            tokenizer=tokenizer,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )

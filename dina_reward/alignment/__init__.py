@@ -8,14 +8,48 @@ from dina_reward.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
-    from dina_reward.alignment.config import DiffusionGRPOConfig
-    from dina_reward.alignment.trainer import DiffusionGRPOTrainer
+    from dina_reward.alignment.backprop import RewardBackpropConfig, RewardBackpropTrainer
+    from dina_reward.alignment.base import AlignmentTrainer
+    from dina_reward.alignment.config import AlignmentConfig
+    from dina_reward.alignment.grpo_config import DDPOConfig, DiffusionGRPOConfig
+    from dina_reward.alignment.hacking import RewardHackingCallback
+    from dina_reward.alignment.nft import DiffusionNFTConfig, DiffusionNFTTrainer
+    from dina_reward.alignment.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    from dina_reward.alignment.rewards import optional_reward
+    from dina_reward.alignment.trainer import DDPOTrainer, DiffusionGRPOTrainer
 
 _MODULES = {
-    "DiffusionGRPOConfig": "config",
+    "AlignmentConfig": "config",
+    "AlignmentTrainer": "base",
+    "DDPOConfig": "grpo_config",
+    "DDPOTrainer": "trainer",
+    "DiffusionGRPOConfig": "grpo_config",
     "DiffusionGRPOTrainer": "trainer",
+    "DiffusionNFTConfig": "nft",
+    "DiffusionNFTTrainer": "nft",
+    "OnlineDPOConfig": "online_dpo",
+    "OnlineDPOTrainer": "online_dpo",
+    "RewardBackpropConfig": "backprop",
+    "RewardBackpropTrainer": "backprop",
+    "RewardHackingCallback": "hacking",
+    "optional_reward": "rewards",
 }
 
-__all__ = ["DiffusionGRPOConfig", "DiffusionGRPOTrainer"]
+__all__ = [
+    "AlignmentConfig",
+    "AlignmentTrainer",
+    "DDPOConfig",
+    "DDPOTrainer",
+    "DiffusionGRPOConfig",
+    "DiffusionGRPOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
+    "RewardBackpropConfig",
+    "RewardBackpropTrainer",
+    "RewardHackingCallback",
+    "optional_reward",
+]
 
 __getattr__, __dir__ = lazy_exports(__name__, _MODULES)

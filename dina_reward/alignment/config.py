@@ -1,27 +1,23 @@
-"""Configuration of `DiffusionGRPOTrainer`."""
+"""Settings that all alignment trainers share."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
-from transformers.utils import logging
 
 from dina_reward.alignment.advantages import Aggregation, ScaleRewards
-from dina_reward.alignment.objectives import KLKind, check_kl_kind, get_objective
-from dina_reward.alignment.rollout import check_sde_window
-from dina_reward.alignment.steps import SDEType, check_eta
-
-
-logger = logging.get_logger(__name__)
+from dina_reward.alignment.prompts import BatchGeometry
+from dina_reward.alignment.steps import SDEType
 
 
 @dataclass
-class DiffusionGRPOConfig(TrainingArguments):
-    """Settings of Flow-GRPO training. Names follow `trl.GRPOConfig`; everything else is `transformers.TrainingArguments`.
+class AlignmentConfig(TrainingArguments):
+    """Settings of every alignment trainer. Names follow `trl.GRPOConfig`; the rest is `transformers.TrainingArguments`.
 
     `per_device_train_batch_size` counts samples of a micro-batch. A generation batch has
     ``per_device_train_batch_size x processes x steps_per_generation`` samples, in groups of `num_generations`, and makes
@@ -39,37 +35,12 @@ class DiffusionGRPOConfig(TrainingArguments):
         default=False, metadata={"help": "Kept false: dataset columns are handed to the reward functions."}
     )
 
-    num_generations: int = field(default=8, metadata={"help": "Samples per prompt: the size of a group, at least 2."})
+    num_generations: int = field(default=8, metadata={"help": "Samples per prompt: the size of a group."})
     steps_per_generation: int | None = field(
         default=None,
         metadata={"help": "Micro-batches made out of one generation batch. Default: gradient_accumulation_steps."},
     )
     num_iterations: int = field(default=1, metadata={"help": "Passes over a generation batch (mu of GRPO)."})
-
-    loss_type: str = field(default="ppo_clip", metadata={"help": "Objective: 'ppo_clip' or 'policy_gradient'."})
-    epsilon: float = field(
-        default=1e-4,
-        metadata={"help": "Clip range of the ratio. Log-probs are means over latent elements, so it is tiny."},
-    )
-    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Default: epsilon."})
-    advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to +- this value."})
-    beta: float = field(
-        default=0.0, metadata={"help": "Weight of the KL to the model without LoRA. 0 skips the reference forward."}
-    )
-    kl_kind: KLKind = field(
-        default="flow_grpo",
-        metadata={"help": "Definition of the KL that beta multiplies: 'step', 'flow_grpo' or 'velocity'."},
-    )
-    scale_rewards: ScaleRewards = field(
-        default="group", metadata={"help": "Divide advantages by the std of the 'group', of the 'batch', or 'none'."}
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per reward function. Default: all 1."}
-    )
-    multi_objective_aggregation: Aggregation = field(
-        default="sum_then_normalize",
-        metadata={"help": "'sum_then_normalize' or 'normalize_then_sum' (GDPO) when there are several rewards."},
-    )
 
     num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps of training rollouts."})
     guidance_scale: float = field(
@@ -77,21 +48,14 @@ class DiffusionGRPOConfig(TrainingArguments):
     )
     sde_type: SDEType = field(
         default="cps",
-        metadata={"help": "Stochastic step: 'cps', 'flow_sde' or 'dance_sde'. CPS leaves no noise behind."},
+        metadata={
+            "help": "Stochastic step: 'cps', 'flow_sde' or 'dance_sde' for flow matching, 'ddim' for DDPM models. CPS "
+            "leaves no noise behind."
+        },
     )
     eta: float = field(
         default=0.8,
         metadata={"help": "Noise strength of the sampler's stochastic steps (not the reward's noise level)."},
-    )
-    sde_window_size: int | None = field(
-        default=3,
-        metadata={"help": "Stochastic (and trained) steps per generation. None: all of sde_window_range."},
-    )
-    sde_window_range: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Steps [low, high) that the window is drawn from. Default: the first half, without the last."
-        },
     )
     same_latent_within_group: bool = field(
         default=False, metadata={"help": "Start all members of a group from the same initial latent."}
@@ -102,6 +66,22 @@ class DiffusionGRPOConfig(TrainingArguments):
         default=None, metadata={"help": "Length that the policy's prompts are encoded to. Default: the pipeline's."}
     )
 
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward function. Default: all 1."}
+    )
+    scale_rewards: ScaleRewards = field(
+        default="group", metadata={"help": "Divide advantages by the std of the 'group', of the 'batch', or 'none'."}
+    )
+    multi_objective_aggregation: Aggregation = field(
+        default="sum_then_normalize",
+        metadata={"help": "'sum_then_normalize' or 'normalize_then_sum' (GDPO) when there are several rewards."},
+    )
+    filter_zero_std_groups: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave groups whose members all have the same reward out of the loss (they are counted anyway)."
+        },
+    )
     reward_noise_level: list[float] = field(
         default_factory=lambda: [0.4],
         metadata={"help": "Noise level(s) at which a LatentReward scores, in [0, 1]. Several form an ensemble."},
@@ -120,16 +100,40 @@ class DiffusionGRPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Suffixes of the layers to adapt. Default: the family's attention projections."},
     )
+    train_full_model: bool = field(
+        default=False, metadata={"help": "Train all weights of the denoiser (in float32) instead of a LoRA."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise the frozen weights to NF4 under the LoRA (QLoRA, bitsandbytes)."}
+    )
+    offload_trajectories: bool = field(
+        default=False, metadata={"help": "Keep recorded sampler states in host memory until they are trained on."}
+    )
     ema_decay: float | None = field(
         default=0.9, metadata={"help": "Decay of the moving average used in evaluation and saved beside the policy."}
     )
     ema_update_every: int = field(default=8, metadata={"help": "Optimizer steps between updates of the average."})
 
     eval_num_inference_steps: int = field(
-        default=40, metadata={"help": "ODE sampling steps of the held-out evaluation."}
+        default=40, metadata={"help": "Deterministic sampling steps of the held-out evaluation."}
+    )
+    eval_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance of the held-out evaluation. Default: guidance_scale."}
+    )
+    eval_height: int | None = field(
+        default=None, metadata={"help": "Image height of the held-out evaluation. Default: height."}
+    )
+    eval_width: int | None = field(
+        default=None, metadata={"help": "Image width of the held-out evaluation. Default: width."}
     )
     eval_num_images: int = field(
         default=16, metadata={"help": "Images in the picture that each evaluation writes; 0 for none."}
+    )
+    hacking_window: int = field(
+        default=3, metadata={"help": "Evaluations that the reward-hacking alarm looks back on."}
+    )
+    hacking_stop: bool = field(
+        default=False, metadata={"help": "Stop the run when the reward-hacking alarm goes off."}
     )
 
     def __post_init__(self) -> None:
@@ -137,47 +141,46 @@ class DiffusionGRPOConfig(TrainingArguments):
         self._fill_defaults()
         self._check_numbers()
         self._check_geometry()
-        self._check_sampler()
         self._check_reward()
         self._check_trainer_options()
 
     def _fill_defaults(self) -> None:
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
-        if self.epsilon_high is None:
-            self.epsilon_high = self.epsilon
         if isinstance(self.reward_noise_level, (int, float)):
             self.reward_noise_level = [float(self.reward_noise_level)]
-        _check_int(self, "num_inference_steps", 2)
-        if self.sde_window_range is None:
-            self.sde_window_range = [0, max(1, self.num_inference_steps // 2)]
-        if self.sde_window_size is None:
-            self.sde_window_size = self.sde_window_range[1] - self.sde_window_range[0]
+        self.eval_guidance_scale = (
+            self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale
+        )
+        self.eval_height = self.height if self.eval_height is None else self.eval_height
+        self.eval_width = self.width if self.eval_width is None else self.eval_width
 
     def _check_numbers(self) -> None:
         """TrlParser stores YAML values as they are, so types are checked here too."""
         for name, least in _INTEGERS.items():
-            _check_int(self, name, least)
+            check_int(self, name, least)
         for name, low, high in _REALS:
-            _check_real(self, name, low, high)
+            check_real(self, name, low, high)
         if self.ema_decay is not None:
-            _check_real(self, "ema_decay", 0, 1)
+            check_real(self, "ema_decay", 0, 1)
             if self.ema_decay in (0, 1):
                 raise ValueError(
                     f"ema_decay must lie strictly between 0 and 1 (None for no EMA), got {self.ema_decay}"
                 )
         if self.max_sequence_length is not None:
-            _check_int(self, "max_sequence_length", 1)
-        get_objective(self.loss_type)
-        check_kl_kind(self.kl_kind)
-        _check_choice("scale_rewards", self.scale_rewards, get_args(ScaleRewards))
-        _check_choice("multi_objective_aggregation", self.multi_objective_aggregation, get_args(Aggregation))
-        if self.loss_type == "policy_gradient" and self.optimizer_steps_per_generation > 1:
+            check_int(self, "max_sequence_length", 1)
+        if self.train_full_model and self.load_in_4bit:
             raise ValueError(
-                "loss_type 'policy_gradient' has no importance ratio, so it needs on-policy data, but these settings make "
-                f"{self.optimizer_steps_per_generation:g} optimizer steps per generation; raise "
-                "gradient_accumulation_steps to steps_per_generation, with num_iterations 1"
+                "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"
             )
+        check_choice("sde_type", self.sde_type, get_args(SDEType))
+        check_choice("scale_rewards", self.scale_rewards, get_args(ScaleRewards))
+        check_choice("multi_objective_aggregation", self.multi_objective_aggregation, get_args(Aggregation))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss evaluates the model as it was before training."""
+        return False
 
     @property
     def optimizer_steps_per_generation(self) -> float:
@@ -190,7 +193,26 @@ class DiffusionGRPOConfig(TrainingArguments):
         assert self.steps_per_generation is not None
         return self.steps_per_generation * self.num_iterations
 
+    def geometry(self, num_processes: int | None = None) -> BatchGeometry:
+        """How the rows of a generation batch are split.
+
+        Args:
+            num_processes: ranks; by default those that the launcher announces in ``WORLD_SIZE``.
+
+        Raises:
+            ValueError: groups would not be whole; the message names the nearest numbers that fit.
+        """
+        assert self.steps_per_generation is not None
+        return BatchGeometry(
+            batch_size=self.per_device_train_batch_size,
+            num_processes=int(os.environ.get("WORLD_SIZE", "1")) if num_processes is None else num_processes,
+            num_chunks=self.steps_per_generation,
+            num_generations=self.num_generations,
+            num_iterations=self.num_iterations,
+        )
+
     def _check_geometry(self) -> None:
+        self.geometry()
         micro, accumulation = self.micro_steps_per_generation, self.gradient_accumulation_steps
         if micro % accumulation and accumulation % micro:
             raise ValueError(
@@ -208,26 +230,13 @@ class DiffusionGRPOConfig(TrainingArguments):
                     f"only resume where one begins; make {name} a multiple of {micro // accumulation}"
                 )
 
-    def _check_sampler(self) -> None:
-        check_eta(self.sde_type, self.eta)
-        window = self.sde_window_range
-        if not isinstance(window, (list, tuple)) or len(window) != 2 or not all(_is_int(value) for value in window):
-            raise ValueError(f"sde_window_range must be two integers [low, high), got {window!r}")
-        assert self.sde_window_size is not None
-        check_sde_window(self.num_inference_steps, self.sde_window_size, (window[0], window[1]))
-        if self.sde_type != "cps" and window[1] > self.num_inference_steps // 2:
-            logger.warning(
-                f"{self.sde_type} with a window up to step {window[1]} of {self.num_inference_steps} leaves white noise in "
-                "the final latents, which the reward takes for image content. Use sde_type 'cps' or an earlier window."
-            )
-
     def _check_reward(self) -> None:
         levels = self.reward_noise_level
-        if not levels or not all(_is_real(level) and 0 <= level <= 1 for level in levels):
+        if not levels or not all(is_real(level) and 0 <= level <= 1 for level in levels):
             raise ValueError(f"reward_noise_level must be one or more levels in [0, 1], got {levels!r}")
-        _check_choice("reward_ensemble", self.reward_ensemble, ("tokens", "mean"))
+        check_choice("reward_ensemble", self.reward_ensemble, ("tokens", "mean"))
         weights = self.reward_weights
-        if weights is not None and not (isinstance(weights, list) and all(_is_real(weight) for weight in weights)):
+        if weights is not None and not (isinstance(weights, list) and all(is_real(weight) for weight in weights)):
             raise ValueError(f"reward_weights must be a list of numbers, one per reward function, got {weights!r}")
 
     def _check_trainer_options(self) -> None:
@@ -249,52 +258,57 @@ class DiffusionGRPOConfig(TrainingArguments):
 
 
 _INTEGERS = {
-    "num_generations": 2,
+    "num_inference_steps": 2,
+    "num_generations": 1,
     "steps_per_generation": 1,
     "num_iterations": 1,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "eval_num_inference_steps": 1,
     "eval_num_images": 0,
+    "eval_height": 1,
+    "eval_width": 1,
+    "hacking_window": 1,
     "height": 1,
     "width": 1,
     "reward_num_noise_samples": 1,
     "lora_rank": 1,
     "lora_alpha": 1,
     "ema_update_every": 1,
-    "sde_window_size": 1,
     "seed": 0,
 }
 _REALS = (
-    ("epsilon", 0.0, 1.0),
-    ("epsilon_high", 0.0, math.inf),
-    ("advantage_clip", 0.0, math.inf),
-    ("beta", 0.0, math.inf),
     ("guidance_scale", 0.0, math.inf),
+    ("eval_guidance_scale", 0.0, math.inf),
     ("eta", 0.0, math.inf),
 )
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether a configuration value is an integer (and not a bool)."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Whether a configuration value is a finite number (and not a bool)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_int(config: object, name: str, least: int) -> None:
+def check_int(config: object, name: str, least: int) -> None:
+    """Refuses a field that is not an integer of at least ``least``."""
     value = getattr(config, name)
-    if not _is_int(value) or value < least:
+    if not is_int(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def _check_real(config: object, name: str, low: float, high: float) -> None:
+def check_real(config: object, name: str, low: float, high: float) -> None:
+    """Refuses a field that is not a finite number in ``[low, high]``."""
     value = getattr(config, name)
-    if not _is_real(value) or not low <= value <= high:
+    if not is_real(value) or not low <= value <= high:
         raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuses a value that is not one of the choices."""
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

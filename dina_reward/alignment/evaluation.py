@@ -1,43 +1,64 @@
-"""Held-out evaluation while a policy trains: fixed prompts and noise, ODE samples, scores, history and pictures.
+"""Held-out evaluation while a policy trains: fixed prompts and noise, deterministic samples, scores, history and pictures.
 
-This is the only place where an alignment run decodes latents.
+Judges may look at decoded images here, which training never needs to.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging
 
+from dina_reward.alignment.hacking import (
+    REWARD,
+    REWARD_PREFIX,
+    SCORES_NAME,
+    PromptScores,
+    RewardHacking,
+    RewardHackingCallback,
+    append_line,
+    read_lines,
+)
+from dina_reward.alignment.pictures import checked_images, picture_grid, save_picture
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.prompts import PromptDataset, columns_of, prompt_row
-from dina_reward.alignment.rewards import RewardSet, accepted_arguments, callable_name, checked_scores
-from dina_reward.alignment.rollout import Schedule, sample
+from dina_reward.alignment.prompts import PromptDataset, prompt_row
+from dina_reward.alignment.rewards import (
+    RewardError,
+    RewardSet,
+    call_reward,
+    check_synchronous,
+    checked_scores,
+    forgive,
+    takes_images,
+    unique_names,
+)
+from dina_reward.alignment.rollout import sample
+from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
+from dina_reward.families.base import Conditioning
 from dina_reward.noise_draws import fold_seed
 
 
-logger = logging.get_logger(__name__)
-
 HISTORY_NAME = "evaluation_history.jsonl"
 PICTURES_NAME = "pictures"
-GRID_GAP = 4
-"""Pixels between the images of a picture grid."""
+HACKING_ALARM = "hacking_alarm"
 
-Evaluator = Callable[..., Any]
-"""Callable by keyword with ``images`` (shape ``(batch, 3, height, width)``, in [0, 1]), ``prompts``, ``latents``, columns.
+EvalRewardFunction = Callable[..., Any]
+"""A held-out judge: called by keyword like a reward function, with ``images`` if its signature names them.
 
-Returns one number per image, or a mapping of names to such sequences.
+``images`` has shape ``(batch, 3, height, width)``, float32, in [0, 1], on the device of the latents. It returns one number
+(or None, "does not apply") per image, or a mapping of names to such sequences. The settings of the training reward, such as
+``noise_level``, are not passed on: a `LatentReward` judges at its own.
 """
 
 
@@ -50,12 +71,14 @@ class EvaluationRecord:
         metrics (`dict[str, float]`): means over the held-out prompts; ``"reward"`` is what training maximises.
         standard_errors (`dict[str, float]`): of those means.
         picture (`str`, *optional*): file of the picture grid, relative to the output directory.
+        hacking (`list[dict]`): alarms of this evaluation, the fields of `RewardHacking`.
     """
 
     step: int
     metrics: dict[str, float]
     standard_errors: dict[str, float] = field(default_factory=dict)
     picture: str | None = None
+    hacking: list[dict[str, Any]] = field(default_factory=list)
 
 
 class HeldOutEvaluator:
@@ -65,10 +88,19 @@ class HeldOutEvaluator:
         policy: the generator.
         rewards: the training reward, scored on the same samples so that the two can be compared.
         reward_weights: one weight per reward function.
-        evaluators: judges that training does not see.
+        eval_reward_funcs: judges that training does not see; see `EvalRewardFunction`.
         output_dir: where the history and the pictures go.
-        height, width, num_inference_steps, batch_size, num_images, seed: how to sample, and how much to draw.
+        sampler: its deterministic steps are used; their number may differ from training.
+        height, width: of the images in pixels.
+        guidance_scale: classifier-free guidance runs above 1.
+        batch_size, num_images: samples made at once, on one rank, and images drawn.
+        seed: of the noise.
         accelerator: the `accelerate.Accelerator` of the run; prompts are dealt out to its ranks.
+        hacking (`RewardHackingCallback`, *optional*): asked after every evaluation.
+        on_picture (*optional*): called on the main process with step, picture and caption; see `log_pictures`.
+
+    Raises:
+        ValueError: a judge is async.
     """
 
     def __init__(
@@ -77,35 +109,53 @@ class HeldOutEvaluator:
         rewards: RewardSet,
         *,
         reward_weights: Sequence[float],
-        evaluators: Sequence[Evaluator],
+        eval_reward_funcs: Sequence[EvalRewardFunction],
         output_dir: str,
+        sampler: Sampler,
         height: int,
         width: int,
-        num_inference_steps: int,
+        guidance_scale: float,
         batch_size: int,
         num_images: int,
         seed: int,
         accelerator: Any,
+        hacking: RewardHackingCallback | None = None,
+        on_picture: Callable[[int, Image.Image, str], Any] | None = None,
     ) -> None:
+        for function in eval_reward_funcs:
+            check_synchronous(function)
         self.policy = policy
         self.rewards = rewards
         self.reward_weights = list(reward_weights)
-        self.evaluators = list(evaluators)
+        self.judges = dict(zip(map(str.lower, unique_names(eval_reward_funcs)), eval_reward_funcs, strict=True))
         self.output_dir = Path(output_dir)
+        self.sampler = sampler
+        self.guidance_scale = guidance_scale
         self.batch_size = batch_size
         self.num_images = num_images
         self.seed = seed
         self.accelerator = accelerator
+        self.hacking = hacking
+        self.on_picture = on_picture
         self.latent_shape = policy.latent_shape(height, width)
-        self.schedule = Schedule.from_scheduler(policy.pipeline.scheduler, num_inference_steps, accelerator.device)
+        self.failures: dict[str, int] = {}
 
     def evaluate(self, dataset: PromptDataset, step: int) -> EvaluationRecord:
-        """Evaluates the policy as it is now and writes history and picture (on the main process).
+        """Evaluates the policy as it is now and writes history, scores and picture (on the main process).
 
         Args:
             dataset: held-out prompts.
             step: optimizer steps made, for the history and the name of the picture.
+
+        Returns:
+            The record, the same on every rank.
+
+        Raises:
+            RewardError: a reward function or judge that is not optional failed.
+            ValueError: there are no prompts, or a judge uses a name of the training reward.
         """
+        if len(dataset) == 0:
+            raise ValueError("eval_dataset has no prompts")
         scores: list[tuple[int, dict[str, float]]] = []
         images: list[tuple[int, Tensor]] = []
         for indices in self._batches(len(dataset)):
@@ -114,103 +164,175 @@ class HeldOutEvaluator:
             images += [(i, image) for i, image in zip(indices, batch_images, strict=False) if i < self.num_images]
         if self.accelerator.num_processes > 1:
             scores, images = gather_object(scores), gather_object(images)
-        ordered = [values for _, values in sorted(scores, key=lambda item: item[0])]
-        picture = f"{PICTURES_NAME}/step-{step:06d}.png" if images else None
-        record = _summarise(step, ordered, picture)
+        columns = self._columns([values for _, values in sorted(scores, key=lambda item: item[0])])
+        record = _summarise(step, columns)
         if self.accelerator.is_main_process:
-            if picture is not None:
-                grid = picture_grid([image for _, image in sorted(images, key=lambda item: item[0])])
-                _save_picture(grid, self.output_dir / picture)
-            history = append_record(self.output_dir / HISTORY_NAME, record)
-            for message in reward_hacking_alarms(history):
-                logger.warning(message)
+            record = self._write(record, columns, dataset, [image for _, image in sorted(images, key=lambda i: i[0])])
+        if self.accelerator.num_processes > 1:
+            (record,) = broadcast_object_list([record])
+        if self.hacking is not None:
+            alarms = [RewardHacking(**alarm) for alarm in record.hacking]
+            self.hacking.report(alarms, is_main_process=self.accelerator.is_main_process)
         return record
 
     def _batches(self, count: int) -> Iterator[list[int]]:
-        mine = list(range(count))[self.accelerator.process_index :: self.accelerator.num_processes]
-        for start in range(0, len(mine), self.batch_size):
-            yield mine[start : start + self.batch_size]
+        """Prompts of this rank; ranks make the same number of batches, the last of which may be empty.
+
+        Parameters that are sharded over ranks are gathered by every forward pass, so all ranks must make as many.
+        """
+        ranks = self.accelerator.num_processes
+        mine = range(self.accelerator.process_index, count, ranks)
+        for start in range(0, -(-count // ranks), self.batch_size):
+            yield list(mine[start : start + self.batch_size])
 
     @torch.no_grad()
     def _evaluate_batch(
         self, dataset: PromptDataset, indices: list[int]
-    ) -> tuple[list[dict[str, float]], Tensor | list[Tensor]]:
-        device = self.accelerator.device
+    ) -> tuple[list[dict[str, float]], list[Tensor]]:
+        if not indices:
+            self._sample([prompt_row(dataset, 0)["prompt"]], [0])
+            return [], []
         rows = [prompt_row(dataset, index) for index in indices]
-        conditioning = self.policy.encode([row["prompt"] for row in rows], device)
+        latents, conditioning = self._sample([row["prompt"] for row in rows], indices)
+        seeds = [fold_seed(self.seed, Stream.EVALUATION_REWARD, index) for index in indices]
+        images = self._decode(latents, indices)
+        rewards = self.rewards.score(
+            latents, rows, conditioning, seeds, images=images if self.rewards.needs_images else None
+        )
+        scores = {f"{REWARD_PREFIX}{name}": rewards[:, i] for i, name in enumerate(self.rewards.names)}
+        available = self.rewards.arguments(latents, rows, conditioning, seeds)
+        available = {name: value for name, value in available.items() if name not in self.rewards.settings}
+        for name, judge in self.judges.items():
+            judged = self._judge(name, judge, {**available, "images": images}, len(rows))
+            if clash := sorted(scores.keys() & judged.keys()):
+                raise ValueError(f"two held-out judges give a score {clash[0]!r}, one of them {name}; rename one")
+            scores |= judged
+        rows_of_scores = [{name: float(values[i]) for name, values in scores.items()} for i in range(len(rows))]
+        return rows_of_scores, [] if images is None else list(images.cpu())
+
+    def _sample(self, prompts: Sequence[str], indices: Sequence[int]) -> tuple[Tensor, Conditioning]:
+        device = self.accelerator.device
+        conditioning = self.policy.encode(prompts, device)
+        negative = self.policy.encode_negative(device, guidance_scale=self.guidance_scale)
         seeds = [fold_seed(self.seed, Stream.EVALUATION_LATENTS, index) for index in indices]
         initial = noise_by_row(seeds, self.latent_shape).to(device, self.policy.storage_dtype)
-        velocity = self.policy.bind(conditioning, self.policy.encode_negative(device))
-        latents = sample(velocity, initial, self.schedule).latents
-        reward_seeds = [fold_seed(self.seed, Stream.EVALUATION_REWARD, index) for index in indices]
-        rewards = self.rewards.score(latents, rows, conditioning, reward_seeds)
-        scores = {"reward": rewards @ rewards.new_tensor(self.reward_weights)}
-        if len(self.rewards.functions) > 1:
-            scores |= {f"rewards/{name}": rewards[:, i] for i, name in enumerate(self.rewards.names)}
-        images = self._images(latents, indices)
-        available = {**columns_of(rows), "latents": latents, "images": images}
-        for evaluator in self.evaluators:
-            scores |= _judge(evaluator, available, len(rows))
-        return [{name: float(values[i]) for name, values in scores.items()} for i in range(len(rows))], images
+        predict = self.policy.bind(conditioning, negative, guidance_scale=self.guidance_scale)
+        return sample(predict, initial, self.sampler).latents, conditioning
 
-    def _images(self, latents: Tensor, indices: list[int]) -> Tensor | list[Tensor]:
-        if not self.evaluators:
+    def _decode(self, latents: Tensor, indices: Sequence[int]) -> Tensor | None:
+        """All images if someone judges them, else those of the picture."""
+        judged = self.rewards.needs_images or any(takes_images(judge) for judge in self.judges.values())
+        if not judged:
             latents = latents[: sum(index < self.num_images for index in indices)]
-        return self.policy.family.decode_latents(self.policy.pipeline, latents).cpu() if len(latents) else []
+        if len(latents) == 0:
+            return None
+        images = self.policy.family.decode_latents(self.policy.pipeline, latents)
+        return checked_images(images, len(latents))
+
+    def _judge(
+        self, name: str, judge: EvalRewardFunction, available: Mapping[str, Any], batch_size: int
+    ) -> dict[str, Tensor]:
+        try:
+            result = call_reward(judge, available, batch_size)
+        except RewardError as error:
+            return {name: forgive(judge, name, error, self.failures)}
+        named = {str(key): value for key, value in result.items()} if isinstance(result, Mapping) else {name: result}
+        scores: dict[str, Tensor] = {}
+        for key, value in named.items():
+            if key in (REWARD, HACKING_ALARM) or key.startswith(REWARD_PREFIX):
+                raise ValueError(f"the held-out judge {name} may not call a score {key!r}, which means something else")
+            label = f"{name}[{key!r}]" if isinstance(result, Mapping) else name
+            try:
+                scores[key] = checked_scores(label, value, available, batch_size)
+            except RewardError as error:
+                scores[key] = forgive(judge, name, error, self.failures)
+        return scores
+
+    def _columns(self, rows: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+        """Scores by name, shape ``(prompts,)``, float64, NaN where not applicable; the weighted reward comes first."""
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {
+            name: torch.tensor([row.get(name, math.nan) for row in rows], dtype=torch.float64) for name in names
+        }
+        parts = torch.stack([columns[f"{REWARD_PREFIX}{name}"] for name in self.rewards.names], dim=1)
+        # As in training, a reward that does not apply counts as the mean of those that do.
+        filled = parts.where(~torch.isnan(parts), parts.nanmean(dim=0).nan_to_num(0.0))
+        total = (filled @ parts.new_tensor(self.reward_weights)).where(~torch.isnan(parts).all(dim=1), torch.nan)
+        if parts.shape[1] == 1:
+            del columns[f"{REWARD_PREFIX}{self.rewards.names[0]}"]
+        return {REWARD: total, **columns}
+
+    def _write(
+        self,
+        record: EvaluationRecord,
+        columns: Mapping[str, Tensor],
+        dataset: PromptDataset,
+        images: Sequence[Tensor],
+    ) -> EvaluationRecord:
+        prompts = [prompt_row(dataset, index)["prompt"] for index in range(len(dataset))]
+        scores = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in columns.items()}
+        line = PromptScores(record.step, scores, self._protocol(prompts))
+        scored = append_line(self.output_dir / SCORES_NAME, line)
+        if self.hacking is not None and self.judges:
+            alarms = self.hacking.find(scored)
+            metrics = {**record.metrics, HACKING_ALARM: float(bool(alarms))}
+            record = replace(record, metrics=metrics, hacking=[asdict(alarm) for alarm in alarms])
+        if images:
+            record = replace(record, picture=f"{PICTURES_NAME}/step-{record.step:06d}.png")
+            picture = picture_grid(images, prompts[: len(images)], columns[REWARD][: len(images)].tolist())
+            save_picture(picture, self.output_dir / str(record.picture))
+            if self.on_picture is not None:
+                caption = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
+                self.on_picture(record.step, picture, f"step {record.step}: {caption}")
+        append_record(self.output_dir / HISTORY_NAME, record)
+        return record
+
+    def _protocol(self, prompts: Sequence[str]) -> str:
+        settings = [list(prompts), self.seed, list(self.latent_shape), len(self.sampler), self.guidance_scale]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def _judge(evaluator: Evaluator, available: Mapping[str, Any], batch_size: int) -> dict[str, Tensor]:
-    name = callable_name(evaluator).lower()
-    result = evaluator(**accepted_arguments(evaluator, available))
-    if isinstance(result, Mapping):
-        return {str(key): checked_scores(f"{name}[{key!r}]", value, batch_size) for key, value in result.items()}
-    return {name: checked_scores(name, result, batch_size)}
+def _summarise(step: int, columns: Mapping[str, Tensor]) -> EvaluationRecord:
+    """Means and standard errors over the prompts that a score applies to; a score that applies to none is left out."""
+    known = {name: values[~torch.isnan(values)] for name, values in columns.items()}
+    means = {name: float(values.mean()) for name, values in known.items() if len(values)}
+    errors = {name: float(v.std(correction=0)) / math.sqrt(len(v)) for name, v in known.items() if len(v)}
+    return EvaluationRecord(step, means, errors)
 
 
-def _summarise(step: int, scores: Sequence[Mapping[str, float]], picture: str | None) -> EvaluationRecord:
-    if not scores:
-        raise ValueError("eval_dataset has no prompts")
-    columns = {name: torch.tensor([row[name] for row in scores], dtype=torch.float64) for name in scores[0]}
-    means = {name: float(values.mean()) for name, values in columns.items()}
-    spread = {name: float(v.std(correction=0)) / math.sqrt(len(v)) for name, v in columns.items()}
-    return EvaluationRecord(step, means, spread, picture)
+def diversity(latents: Tensor, group_index: Sequence[int] | Tensor) -> float:
+    """Mean distance between the members of a group, ``mean_{i<j} sqrt(mean_k (x_ik - x_jk)^2 / 2)``, averaged over groups.
 
-
-def picture_grid(images: Sequence[Tensor], min_side: int = 96, gap: int = GRID_GAP) -> Image.Image:
-    """Images side by side, in an almost square grid; small ones are enlarged pixel by pixel.
+    Independent noise of unit variance gives 1, equal latents give 0. Falls when the policy collapses.
 
     Args:
-        images: at least one, each of shape ``(3, height, width)``, in [0, 1].
-        min_side: the longer side of a tile has at least this many pixels.
-        gap: pixels between tiles.
+        latents (`Tensor`): final latents, shape ``(batch, ...)``.
+        group_index: group of each latent, ``batch`` integers.
+
+    Returns:
+        NaN if no group has two members.
+
+    Raises:
+        ValueError: another number of group indices than of latents.
     """
-    columns = math.ceil(math.sqrt(len(images)))
-    height, width = images[0].shape[-2:]
-    factor = max(1, math.ceil(min_side / max(width, height)))
-    width, height = width * factor, height * factor
-    size = (columns * (width + gap) + gap, math.ceil(len(images) / columns) * (height + gap) + gap)
-    grid = Image.new("RGB", size, "white")
-    for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-        tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-        grid.paste(tile, (gap + column * (width + gap), gap + row * (height + gap)))
-    return grid
-
-
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    index = torch.as_tensor(group_index, device=latents.device)
+    if index.shape != latents.shape[:1]:
+        raise ValueError(f"group_index has shape {tuple(index.shape)} for {latents.shape[0]} latents; give one each")
+    flat = latents.detach().float().flatten(start_dim=1)
+    means = []
+    for group in index.unique():
+        members = flat[index == group]
+        if len(members) > 1:
+            # Distances by matrix products lose the small ones, which are those that matter.
+            distances = torch.cdist(members, members, compute_mode="donot_use_mm_for_euclid_dist")
+            pairs = len(members) * (len(members) - 1)
+            means.append(distances.sum() / (pairs * math.sqrt(2 * flat.shape[1])))
+    return float(torch.stack(means).mean()) if means else math.nan
 
 
 def read_history(path: str | os.PathLike[str]) -> list[EvaluationRecord]:
     """Records of a history file in order; empty if there is none."""
-    file = Path(path)
-    if not file.exists():
-        return []
-    return [EvaluationRecord(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    return read_lines(path, EvaluationRecord)
 
 
 def append_record(path: str | os.PathLike[str], record: EvaluationRecord) -> list[EvaluationRecord]:
@@ -219,31 +341,4 @@ def append_record(path: str | os.PathLike[str], record: EvaluationRecord) -> lis
     Returns:
         The whole history.
     """
-    file = Path(path)
-    history = [old for old in read_history(file) if old.step < record.step] + [record]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text("".join(json.dumps(asdict(line)) + "\n" for line in history), encoding="utf-8")
-    os.replace(temporary, file)
-    return history
-
-
-def reward_hacking_alarms(history: Sequence[EvaluationRecord]) -> list[str]:
-    """One message for every evaluator that has fallen since its best record while the reward has risen.
-
-    A fall counts when it exceeds twice the standard error of the latest mean.
-    """
-    latest, messages = history[-1], []
-    for name, value in latest.metrics.items():
-        earlier = [record for record in history[:-1] if name in record.metrics]
-        if name == "reward" or name.startswith("rewards/") or not earlier:
-            continue
-        best = max(earlier, key=lambda record: record.metrics[name])
-        fallen = best.metrics[name] - value > 2 * latest.standard_errors.get(name, 0.0)
-        if fallen and latest.metrics["reward"] > best.metrics["reward"]:
-            messages.append(
-                f"Reward hacking? Since step {best.step} the reward rose from {best.metrics['reward']:.4g} to "
-                f"{latest.metrics['reward']:.4g} while held-out {name} fell from {best.metrics[name]:.4g} to {value:.4g} "
-                f"(step {latest.step}). Stop here, lower the learning rate or raise beta."
-            )
-    return messages
+    return append_line(path, record)

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dina_reward.alignment.advantages import Advantages, compute_advantages
-from dina_reward.alignment.config import DiffusionGRPOConfig
+from dina_reward.alignment.config import AlignmentConfig
+from dina_reward.alignment.credit import gains_to_go, state_scores
+from dina_reward.alignment.evaluation import diversity
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import PromptRollouts
 from dina_reward.alignment.rewards import RewardSet
-from dina_reward.alignment.rollout import Rollout, Schedule, draw_sde_window, sample
+from dina_reward.alignment.rollout import PredictFunction, Rollout, sample
+from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
 from dina_reward.families.base import Conditioning
 from dina_reward.noise_draws import fold_seed
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How the samples of one generation are drawn, the same for all rows and ranks.
+
+    Args:
+        stochastic: stochastic steps; none: the deterministic sampler.
+        trained: those of them that are recorded; all by default.
+        keep_means: record the means of the transitions.
+        reference: evaluate the model without LoRA at the recorded states.
+        credit_discount: with a number, each recorded step gets its own advantage; see `gains_to_go`.
+    """
+
+    stochastic: Sequence[int] = ()
+    trained: Sequence[int] | None = None
+    keep_means: bool = False
+    reference: bool = False
+    credit_discount: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,23 +49,42 @@ class Experience:
     """One micro-batch of one rank, ready to be trained on.
 
     Args:
+        generation (`int`): which one.
         rows (`range`): row numbers in the generation batch.
         rollout (`Rollout`): samples and recorded steps.
+        prompts (`list[str]`): one per row.
         conditioning (`Conditioning`): the different prompts of this rank's part of the generation batch.
         prompt_index (`list[int]`): for each row its prompt in ``conditioning``.
         negative (`Conditioning`, *optional*): the empty prompt, one row, with classifier-free guidance.
+        rewards (`Tensor`): weighted sum of the rewards, shape ``(batch,)``, float32.
         advantages (`Tensor`): shape ``(batch,)``, float32.
-        reference_velocity (`Tensor`, *optional*): of the model without LoRA at the recorded steps, shape
-            ``(batch, window, ...)``, float32; with a KL penalty only.
+        weights (`Tensor`): weight of each row in the loss, shape ``(batch,)``; 0 for rows that are left out, and such
+            that the mean over the generation batch is 1.
+        step_advantages (`dict[int, Tensor]`): with step-wise credit, the advantage of each recorded step.
+        reference (`dict[int, Tensor]`): predictions of the model without LoRA at the recorded steps, float32; only with a
+            KL penalty.
     """
 
+    generation: int
     rows: range
     rollout: Rollout
+    prompts: list[str]
     conditioning: Conditioning
     prompt_index: list[int]
     negative: Conditioning | None
+    rewards: Tensor
     advantages: Tensor
-    reference_velocity: Tensor | None
+    weights: Tensor
+    step_advantages: dict[int, Tensor] = field(default_factory=dict)
+    reference: dict[int, Tensor] = field(default_factory=dict)
+
+    def advantages_at(self, step: int) -> Tensor:
+        """Advantages that train a recorded step, shape ``(batch,)``."""
+        return self.step_advantages.get(step, self.advantages)
+
+    def conditioning_rows(self) -> Conditioning:
+        """Encoded prompts, one row per sample."""
+        return self.conditioning[self.prompt_index]
 
 
 @dataclass(frozen=True)
@@ -51,7 +93,7 @@ class _Chunk:
     prompt_rows: list[dict[str, Any]]
     prompt_index: list[int]
     rollout: Rollout
-    reference_velocity: Tensor | None
+    reference: dict[int, Tensor]
 
 
 class ExperienceMaker:
@@ -65,138 +107,231 @@ class ExperienceMaker:
         policy: the generator.
         prompts: which rows belong to a generation.
         rewards: the reward functions.
+        reward_weights: one weight per reward function.
+        sampler: of the rollouts.
         args: the configuration.
         accelerator: the `accelerate.Accelerator` of the run.
     """
 
     def __init__(
-        self, policy: Policy, prompts: PromptRollouts, rewards: RewardSet, args: DiffusionGRPOConfig, accelerator: Any
+        self,
+        policy: Policy,
+        prompts: PromptRollouts,
+        rewards: RewardSet,
+        reward_weights: Sequence[float],
+        sampler: Sampler,
+        args: AlignmentConfig,
+        accelerator: Any,
     ) -> None:
         self.policy = policy
         self.prompts = prompts
         self.rewards = rewards
+        self.reward_weights = list(reward_weights)
+        self.sampler = sampler
         self.args = args
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
-        self.schedule = Schedule.from_scheduler(policy.pipeline.scheduler, args.num_inference_steps, self.device)
         self.latent_shape = policy.latent_shape(args.height, args.width)
-        self.reward_weights = _reward_weights(args.reward_weights, len(rewards.functions))
+        self.reward_calls = 0
 
     @torch.no_grad()
-    def make(self, generation: int) -> tuple[list[Experience], dict[str, float]]:
-        """Experience of one generation, one element per micro-batch of this rank, and metrics over all ranks."""
+    def make(
+        self,
+        generation: int,
+        plan: RolloutPlan | None = None,
+        compare: Callable[[int, Tensor], Advantages] | None = None,
+    ) -> tuple[list[Experience], dict[str, float]]:
+        """Experience of one generation, one element per micro-batch of this rank, and metrics over all ranks.
+
+        Args:
+            generation: its number.
+            plan: how samples are drawn; deterministically by default.
+            compare: makes advantages of the scores of all rows, shape ``(rows, reward functions)``; by default
+                `group_advantages`.
+        """
+        plan = RolloutPlan() if plan is None else plan
         started = time.perf_counter()
-        geometry, rank = self.prompts.geometry, self.accelerator.process_index
-        row_ranges = [geometry.rows_of(chunk, rank) for chunk in range(geometry.num_chunks)]
-        conditioning, prompt_rows, prompt_index = self._encode(
-            generation, [row for part in row_ranges for row in part]
-        )
-        negative = self.policy.encode_negative(self.device)
-        window = self._window(generation)
-        chunks = []
-        for number, rows in enumerate(row_ranges):
-            part = slice(number * len(rows), (number + 1) * len(rows))
-            bound = self.policy.bind(conditioning[prompt_index[part]], negative)
-            rollout = sample(
-                bound,
-                self._initial_latents(generation, rows),
-                self.schedule,
-                window=window,
-                step_noise=self._step_noise(generation, rows, len(window)),
-                sde_type=self.args.sde_type,
-                eta=self.args.eta,
-            )
-            reference = self._reference_velocity(bound, rollout) if self.args.beta > 0 else None
-            chunks.append(_Chunk(rows, prompt_rows[part], prompt_index[part], rollout, reference))
+        conditioning, negative, chunks = self._sample(generation, plan)
         sampled = time.perf_counter()
         scores = [self._score(generation, chunk, conditioning) for chunk in chunks]
+        along = (
+            [self._score_states(chunk, conditioning) for chunk in chunks] if plan.credit_discount is not None else []
+        )
         scored = time.perf_counter()
-        all_scores, result = self._compare(scores, row_ranges)
+        all_scores = self._gather(chunks, scores)
+        result = (self.group_advantages if compare is None else compare)(generation, all_scores)
+        steps = self._step_advantages(chunks, along, result, plan)
+        weights = self._weights(result)
         experience = [
             Experience(
+                generation=generation,
                 rows=chunk.rows,
                 rollout=chunk.rollout,
+                prompts=[row["prompt"] for row in chunk.prompt_rows],
                 conditioning=conditioning,
                 prompt_index=chunk.prompt_index,
                 negative=negative,
-                advantages=result.advantages[chunk.rows.start : chunk.rows.stop].to(self.device),
-                reference_velocity=chunk.reference_velocity,
+                rewards=self._part(result.rewards, chunk),
+                advantages=self._part(result.advantages, chunk),
+                weights=self._part(weights, chunk),
+                step_advantages={step: self._part(values, chunk) for step, values in steps.items()},
+                reference=chunk.reference,
             )
             for chunk in chunks
         ]
-        timings = {"time/rollout": sampled - started, "time/reward": scored - sampled}
-        return experience, {**self._metrics(all_scores, result, window), **timings}
+        metrics = self._metrics(all_scores, result, chunks)
+        return experience, {**metrics, "time/rollout": sampled - started, "time/reward": scored - sampled}
 
-    def _encode(self, generation: int, rows: Sequence[int]) -> tuple[Conditioning, list[dict[str, Any]], list[int]]:
+    def group_advantages(self, generation: int, scores: Tensor) -> Advantages:
+        """Advantages relative to the group, for the scores of all rows in row order."""
+        # Row numbers identify groups, so ids stay integers and never travel as text or floats.
+        return compute_advantages(
+            scores,
+            torch.arange(len(scores)) // self.prompts.geometry.num_generations,
+            reward_weights=self.reward_weights,
+            scale_rewards=self.args.scale_rewards,
+            multi_objective_aggregation=self.args.multi_objective_aggregation,
+        )
+
+    def initial_latents(self, generation: int, rows: Sequence[int]) -> Tensor:
+        """Noise that rows start from, shape ``(rows, ...)``, storage dtype, on the device."""
+        shared = self.args.same_latent_within_group
+        keys = [self.prompts.group_of(row) if shared else row for row in rows]
+        seeds = [fold_seed(self.args.seed, Stream.INITIAL_LATENTS, generation, key) for key in keys]
+        return noise_by_row(seeds, self.latent_shape).to(self.device, self.policy.storage_dtype)
+
+    def reward_seeds(self, generation: int, rows: Sequence[int]) -> list[int]:
+        """Seeds of the reward's own noise, one per row."""
+        shared = self.args.share_noise_within_group
+        keys = [self.prompts.group_of(row) if shared else row for row in rows]
+        return [fold_seed(self.args.seed, Stream.REWARD_NOISE, generation, key) for key in keys]
+
+    def encode(self, generation: int, rows: Sequence[int]) -> tuple[Conditioning, list[dict[str, Any]], list[int]]:
+        """Conditioning of the different prompts of some rows, their dataset rows, and each row's place in the former."""
         prompt_rows = self.prompts.rows(generation, rows)
         unique = list(dict.fromkeys(row["prompt"] for row in prompt_rows))
         position = {prompt: index for index, prompt in enumerate(unique)}
         conditioning = self.policy.encode(unique, self.device)
         return conditioning, prompt_rows, [position[row["prompt"]] for row in prompt_rows]
 
-    def _window(self, generation: int) -> range:
-        size, bounds = self.args.sde_window_size, self.args.sde_window_range
-        assert size is not None
-        assert bounds is not None
-        return draw_sde_window(self.args.seed, generation, size, (bounds[0], bounds[1]))
+    def _sample(self, generation: int, plan: RolloutPlan) -> tuple[Conditioning, Conditioning | None, list[_Chunk]]:
+        geometry, rank = self.prompts.geometry, self.accelerator.process_index
+        row_ranges = [geometry.rows_of(chunk, rank) for chunk in range(geometry.num_chunks)]
+        conditioning, prompt_rows, prompt_index = self.encode(generation, [row for part in row_ranges for row in part])
+        negative = self.policy.encode_negative(self.device)
+        chunks = []
+        for number, rows in enumerate(row_ranges):
+            part = slice(number * len(rows), (number + 1) * len(rows))
+            bound = self.policy.bind(conditioning[prompt_index[part]], negative)
+            rollout = sample(
+                bound,
+                self.initial_latents(generation, rows),
+                self.sampler,
+                stochastic=plan.stochastic,
+                trained=plan.trained,
+                step_noise=self._step_noise(generation, rows, len(plan.stochastic)),
+                keep_means=plan.keep_means,
+                offload=self.args.offload_trajectories,
+            )
+            reference = self._reference(bound, rollout) if plan.reference else {}
+            chunks.append(_Chunk(rows, prompt_rows[part], prompt_index[part], rollout, reference))
+        return conditioning, negative, chunks
 
-    def _initial_latents(self, generation: int, rows: Sequence[int]) -> Tensor:
-        shared = self.args.same_latent_within_group
-        keys = [self.prompts.group_of(row) if shared else row for row in rows]
-        seeds = [fold_seed(self.args.seed, Stream.INITIAL_LATENTS, generation, key) for key in keys]
-        return noise_by_row(seeds, self.latent_shape).to(self.device, self.policy.storage_dtype)
-
-    def _step_noise(self, generation: int, rows: Sequence[int], steps: int) -> Tensor:
+    def _step_noise(self, generation: int, rows: Sequence[int], steps: int) -> Tensor | None:
+        if not steps:
+            return None
         seeds = [fold_seed(self.args.seed, Stream.STEP_NOISE, generation, row) for row in rows]
         return noise_by_row(seeds, (steps, *self.latent_shape)).to(self.device)
 
-    def _reference_velocity(self, bound: Any, rollout: Rollout) -> Tensor:
+    def _reference(self, bound: PredictFunction, rollout: Rollout) -> dict[int, Tensor]:
         batch = rollout.latents.shape[0]
         with self.policy.reference():
-            velocities = [
-                bound(rollout.trajectory[:, position], self.schedule.timesteps[index].expand(batch))
-                for position, index in enumerate(rollout.window)
-            ]
-        return torch.stack(velocities, dim=1)
+            return {
+                index: bound(rollout.states[index].to(self.device), self.sampler.timesteps[index].expand(batch))
+                for index in rollout.trained
+            }
 
     def _score(self, generation: int, chunk: _Chunk, conditioning: Conditioning) -> Tensor:
-        shared = self.args.share_noise_within_group
-        keys = [self.prompts.group_of(row) if shared else row for row in chunk.rows]
-        seeds = [fold_seed(self.args.seed, Stream.REWARD_NOISE, generation, key) for key in keys]
+        self.reward_calls += len(chunk.rows)
         return self.rewards.score(
-            chunk.rollout.latents, chunk.prompt_rows, conditioning[chunk.prompt_index], seeds
-        ).to(self.device)
-
-    def _compare(self, scores: list[Tensor], row_ranges: list[range]) -> tuple[Tensor, Advantages]:
-        """Gathers the scores of all ranks in row order and computes advantages on every rank alike."""
-        rows = torch.tensor([row for part in row_ranges for row in part], dtype=torch.int64, device=self.device)
-        rows, gathered = self.accelerator.gather(rows), self.accelerator.gather(torch.cat(scores))
-        ordered = gathered[rows.argsort()].cpu()
-        # Row numbers identify groups, so ids stay integers and never travel as text or floats.
-        group_ids = torch.arange(len(ordered)) // self.prompts.geometry.num_generations
-        result = compute_advantages(
-            ordered,
-            group_ids,
-            reward_weights=self.reward_weights,
-            scale_rewards=self.args.scale_rewards,
-            multi_objective_aggregation=self.args.multi_objective_aggregation,
+            chunk.rollout.latents,
+            chunk.prompt_rows,
+            conditioning[chunk.prompt_index],
+            self.reward_seeds(generation, chunk.rows),
         )
-        return ordered, result
 
-    def _metrics(self, scores: Tensor, result: Advantages, window: range) -> dict[str, float]:
+    def _score_states(self, chunk: _Chunk, conditioning: Conditioning) -> Tensor:
+        self.reward_calls += len(chunk.rows) * len(chunk.rollout.states)
+        prompts = [row["prompt"] for row in chunk.prompt_rows]
+        return state_scores(
+            self.rewards.functions, self.reward_weights, chunk.rollout, self.sampler, prompts, conditioning
+        )
+
+    def _gather(self, chunks: Sequence[_Chunk], values: Sequence[Tensor]) -> Tensor:
+        """Values of the rows of all ranks, in row order, on the CPU."""
+        rows = torch.tensor([row for chunk in chunks for row in chunk.rows], dtype=torch.int64, device=self.device)
+        rows, gathered = (
+            self.accelerator.gather(rows),
+            self.accelerator.gather(torch.cat(list(values)).to(self.device)),
+        )
+        return gathered[rows.argsort()].cpu()
+
+    def _part(self, values: Tensor, chunk: _Chunk) -> Tensor:
+        return values[chunk.rows.start : chunk.rows.stop].to(self.device)
+
+    def _step_advantages(
+        self, chunks: Sequence[_Chunk], along: Sequence[Tensor], result: Advantages, plan: RolloutPlan
+    ) -> dict[int, Tensor]:
+        if plan.credit_discount is None:
+            return {}
+        scores = self._gather(chunks, along)
+        gains = gains_to_go(scores, result.rewards, plan.credit_discount)
+        rollout = chunks[0].rollout
+        position = {state: column for column, state in enumerate(sorted(rollout.states))}
+        group_ids = torch.arange(len(scores)) // self.prompts.geometry.num_generations
+        return {
+            step: compute_advantages(
+                gains[:, position[step]], group_ids, scale_rewards=self.args.scale_rewards
+            ).advantages
+            for step in rollout.trained
+        }
+
+    def _weights(self, result: Advantages) -> Tensor:
+        kept = result.valid.clone()
+        if self.args.filter_zero_std_groups:
+            kept &= ~result.zero_std
+        weights = kept.float()
+        return weights / weights.mean().clamp(min=1e-12)
+
+    def _metrics(self, scores: Tensor, result: Advantages, chunks: Sequence[_Chunk]) -> dict[str, float]:
+        latents = torch.cat([chunk.rollout.latents for chunk in chunks])
+        groups = torch.tensor([self.prompts.group_of(row) for chunk in chunks for row in chunk.rows])
+        local = torch.tensor([diversity(latents, groups)], device=self.device)
         metrics = {
             "reward": float(result.rewards.mean()),
             "reward_std": float(result.group_std.mean()),
             "frac_reward_zero_std": float(result.frac_reward_zero_std),
-            "sde_window_start": float(window.start),
         }
+        spread = float(self.accelerator.gather(local).nanmean())
+        if not math.isnan(spread):  # groups of one sample have none
+            metrics["diversity"] = spread
         for name, column in zip(self.rewards.names, scores.unbind(dim=1), strict=True):
-            metrics[f"rewards/{name}/mean"] = float(column.mean())
-            metrics[f"rewards/{name}/std"] = float(column.std())
+            applies = column[~column.isnan()]
+            if len(applies) == 0:
+                continue
+            metrics[f"rewards/{name}/mean"] = float(applies.mean())
+            metrics[f"rewards/{name}/std"] = float(applies.std()) if len(applies) > 1 else 0.0
+        if chunks[0].rollout.stochastic:
+            metrics["sde_window_start"] = float(chunks[0].rollout.stochastic[0])
         return metrics
 
 
-def _reward_weights(weights: list[float] | None, functions: int) -> list[float]:
+def checked_reward_weights(weights: Sequence[float] | None, functions: int) -> list[float]:
+    """One weight per reward function, 1 by default.
+
+    Raises:
+        ValueError: no functions, or another number of weights.
+    """
     if functions == 0:
         raise ValueError("reward_funcs is empty; give at least one callable")
     if weights is not None and len(weights) != functions:

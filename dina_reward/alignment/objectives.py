@@ -50,11 +50,16 @@ ObjectiveFunction = Callable[[Mapping[str, Tensor], ObjectiveSettings], Objectiv
 
 @dataclass(frozen=True)
 class Objective:
-    """A registered objective: call it with a mapping that holds at least the tensors named in ``requires``."""
+    """A registered objective: call it with a mapping that holds at least the tensors named in ``requires``.
+
+    ``sde_types`` are the stochastic steps that its formula is made for; ``None`` for all. If the mapping also has
+    ``"weights"``, shape ``(batch,)``, the loss is the mean of the weighted losses of the rows.
+    """
 
     name: str
     requires: tuple[str, ...]
     function: ObjectiveFunction
+    sde_types: tuple[str, ...] | None = None
 
     def __call__(self, tensors: Mapping[str, Tensor], settings: ObjectiveSettings) -> ObjectiveOutput:
         missing = [key for key in self.requires if key not in tensors]
@@ -69,16 +74,21 @@ class Objective:
 _OBJECTIVES: dict[str, Objective] = {}
 
 
-def register_objective(name: str, requires: tuple[str, ...]) -> Callable[[ObjectiveFunction], ObjectiveFunction]:
+def register_objective(
+    name: str, requires: tuple[str, ...], sde_types: tuple[str, ...] | None = None
+) -> Callable[[ObjectiveFunction], ObjectiveFunction]:
     """Decorator that makes an objective known under a name.
 
     Args:
         name: value of `loss_type`.
-        requires: names of the tensors it reads, each of shape ``(batch,)``.
+        requires: names of the tensors it reads, of shape ``(batch,)`` or scalar: ``log_prob``, ``old_log_prob``,
+            ``advantages``, ``mean_shift`` (mean over elements of the squared distance of the step's mean from the
+            sampling policy's), ``std`` and ``delta`` of the step's `Transition`.
+        sde_types: stochastic steps that the formula is made for; all by default.
     """
 
     def register(function: ObjectiveFunction) -> ObjectiveFunction:
-        _OBJECTIVES[name] = Objective(name, requires, function)
+        _OBJECTIVES[name] = Objective(name, requires, function, sde_types)
         return function
 
     return register
@@ -100,6 +110,13 @@ def get_objective(name: str) -> Objective:
     return _OBJECTIVES[name]
 
 
+def check_objective_fits(name: str, sde_type: str) -> None:
+    """Raises a `ValueError` when an objective's formula is not made for this kind of stochastic step."""
+    fitting = get_objective(name).sde_types
+    if fitting is not None and sde_type not in fitting:
+        raise ValueError(f"loss_type {name!r} is defined for sde_type {' and '.join(fitting)} only, got {sde_type!r}")
+
+
 @register_objective("ppo_clip", requires=("log_prob", "old_log_prob", "advantages"))
 def ppo_clip(tensors: Mapping[str, Tensor], settings: ObjectiveSettings) -> ObjectiveOutput:
     """``mean max(-A r, -A clip(r, 1 - eps, 1 + eps_high))`` with ``r = exp(logp - logp_old)`` (arXiv 1707.06347)."""
@@ -107,15 +124,50 @@ def ppo_clip(tensors: Mapping[str, Tensor], settings: ObjectiveSettings) -> Obje
     difference = tensors["log_prob"] - tensors["old_log_prob"]
     ratio = torch.exp(difference)
     low, high = 1 - settings.epsilon, 1 + settings.epsilon_high
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high)).mean()
-    return ObjectiveOutput(loss, _ratio_metrics(ratio.detach(), difference.detach(), low, high))
+    return ObjectiveOutput(
+        _mean(_clipped(advantages, ratio, low, high), tensors),
+        _ratio_metrics(ratio.detach(), difference.detach(), low, high),
+    )
+
+
+@register_objective(
+    "grpo_guard",
+    requires=("log_prob", "old_log_prob", "advantages", "mean_shift", "std", "delta"),
+    sde_types=("flow_sde", "dance_sde"),
+)
+def grpo_guard(tensors: Mapping[str, Tensor], settings: ObjectiveSettings) -> ObjectiveOutput:
+    """PPO-clip with a normalised ratio (GRPO-Guard, arXiv 2510.22319).
+
+    The log-ratio of a Gaussian step has mean ``-b`` under the sampling policy, with ``c = g sqrt(-D)`` and
+    ``b = mean((mean - mean_old)^2) / (2 c^2)``, so clipping acts on one side, and its spread grows as ``c`` shrinks. Guard
+    corrects both, ``r = exp((logp - logp_old + b) c)``, and divides the loss by ``-D``, so that all steps weigh the same.
+    """
+    advantages = tensors["advantages"].clamp(-settings.advantage_clip, settings.advantage_clip)
+    std = tensors["std"]
+    bias = tensors["mean_shift"] / (2 * std**2)
+    difference = (tensors["log_prob"] - tensors["old_log_prob"] + bias) * std
+    ratio = torch.exp(difference)
+    low, high = 1 - settings.epsilon, 1 + settings.epsilon_high
+    return ObjectiveOutput(
+        _mean(_clipped(advantages, ratio, low, high), tensors) / tensors["delta"],
+        _ratio_metrics(ratio.detach(), difference.detach(), low, high),
+    )
 
 
 @register_objective("policy_gradient", requires=("log_prob", "advantages"))
 def policy_gradient(tensors: Mapping[str, Tensor], settings: ObjectiveSettings) -> ObjectiveOutput:
     """``-mean(A logp)``, the score-function estimator (DDPO-SF, arXiv 2305.13301); on-policy data only."""
     advantages = tensors["advantages"].clamp(-settings.advantage_clip, settings.advantage_clip)
-    return ObjectiveOutput(-(advantages * tensors["log_prob"]).mean(), {})
+    return ObjectiveOutput(_mean(-advantages * tensors["log_prob"], tensors), {})
+
+
+def _clipped(advantages: Tensor, ratio: Tensor, low: float, high: float) -> Tensor:
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(low, high))
+
+
+def _mean(losses: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    weights = tensors.get("weights")
+    return losses.mean() if weights is None else (weights * losses).mean()
 
 
 def _ratio_metrics(ratio: Tensor, difference: Tensor, low: float, high: float) -> dict[str, Tensor]:

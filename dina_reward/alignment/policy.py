@@ -1,38 +1,52 @@
-"""The generator as a policy: its denoiser with a LoRA adapter, and the reference that is the same model without it."""
+"""The generator as a policy: its denoiser with a LoRA adapter, or trained in full, and the reference it started from."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dina_reward.alignment.rollout import VelocityFunction
+from dina_reward.alignment.policy_weights import LORA_WEIGHTS_NAME as LORA_WEIGHTS_NAME
+from dina_reward.alignment.policy_weights import load_full, load_lora, save_full, save_lora
+from dina_reward.alignment.quantization import is_quantized, quantize_blocks
+from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.families.base import Conditioning, ModelFamily, family_of
-from dina_reward.noise import FlowMatchingNoise
+from dina_reward.training.sharding import ExactTimesteps, exchange, local, slice_like, trainable_parameters
 
+
+Predict = PredictFunction
 
 ADAPTER_NAME = "policy"
-LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
 
 class Policy:
-    """A diffusers pipeline whose denoiser carries one trainable LoRA adapter in float32 over frozen weights.
+    """A diffusers pipeline whose denoiser is trained: a LoRA in float32 over frozen weights, or all of its weights.
+
+    Trained tensors are always float32, the master copy of mixed precision; autocast computes in bfloat16 if asked. The
+    denoiser may be wrapped by DDP, sharded by FSDP2 or driven by DeepSpeed's ZeRO-2 afterwards: what is saved are whole
+    tensors, and snapshots hold each rank's own slices.
+
+    Example:
+        >>> policy = Policy(pipe, rank=32, alpha=64)
+        >>> predict = policy.bind(policy.encode(["a cat"], device), policy.encode_negative(device))
+        >>> velocity = predict(latents, timestep)  # (batch, ...), float32
 
     Args:
-        pipeline: a text-to-image pipeline of a supported flow-matching family.
-        rank, alpha (`int`): of the LoRA.
+        pipeline: a text-to-image pipeline of a supported family, flow-matching or DDPM.
+        rank, alpha (`int`): of the LoRA; not read when the full model is trained.
         target_modules: suffixes of the layers to adapt; those of the family by default.
         guidance_scale (`float`): classifier-free guidance runs above 1, in sampling and in training alike.
         max_sequence_length (`int`, *optional*): length that prompts are encoded to.
+        train_full_model (`bool`): train every weight of the denoiser instead of a LoRA.
+        keep_reference (`bool`): with the full model, keep a frozen copy of the initial weights for `reference`.
+        load_in_4bit (`bool`): store the frozen weights of the blocks in 4 bits under the LoRA (QLoRA, arXiv 2305.14314);
+            a pipeline that diffusers has loaded quantised is used as it is.
 
     Raises:
-        ValueError: the family does not use flow matching, or the denoiser has an adapter already.
+        ValueError: the denoiser has an adapter already; it is trained in full but not float32, or quantised.
     """
 
     def __init__(
@@ -44,15 +58,31 @@ class Policy:
         target_modules: Sequence[str] | None = None,
         guidance_scale: float = 1.0,
         max_sequence_length: int | None = None,
+        train_full_model: bool = False,
+        keep_reference: bool = False,
+        load_in_4bit: bool = False,
     ) -> None:
         self.pipeline = pipeline
         self.family: ModelFamily = family_of(pipeline)
-        if not isinstance(self.family.noise_process(pipeline.scheduler.config), FlowMatchingNoise):
-            raise ValueError(f"{type(pipeline).__name__} is not a flow-matching pipeline; these samplers need one")
         self.denoiser: nn.Module = getattr(pipeline, self.family.denoiser_attribute)
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
-        _add_lora(self.denoiser, rank, alpha, target_modules or self.family.policy_lora_targets)
+        self.train_full_model = train_full_model
+        self._class_name = type(self.denoiser).__name__
+        self._initial: list[Tensor] | None = None
+        self._timesteps: ExactTimesteps | None = None
+        _refuse_adapters(self.denoiser)
+        if train_full_model:
+            _train_all(self.denoiser, load_in_4bit)
+            if keep_reference:
+                self._initial = self.snapshot()
+        else:
+            self.denoiser.requires_grad_(False)
+            if load_in_4bit:
+                quantize_blocks(self.denoiser)
+            _add_lora(self.denoiser, rank, alpha, target_modules or self.family.policy_lora_targets)
+        # Sampling and training must be the same function of the weights, so dropout stays off in both.
+        self.denoiser.eval()
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -71,89 +101,195 @@ class Policy:
         )
         return conditioning.to(device, self.storage_dtype)
 
-    def encode_negative(self, device: torch.device) -> Conditioning | None:
-        """The empty prompt, one row, when guidance is on."""
-        return self.encode([""], device) if self.guidance_scale > 1 else None
+    def encode_negative(self, device: torch.device, guidance_scale: float | None = None) -> Conditioning | None:
+        """The empty prompt, one row, when guidance is on (``guidance_scale``, the policy's own by default, above 1)."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return self.encode([""], device) if scale > 1 else None
 
     def bind(
-        self, conditioning: Conditioning, negative: Conditioning | None, model: nn.Module | None = None
-    ) -> VelocityFunction:
-        """Velocity function of a batch of prompts.
+        self,
+        conditioning: Conditioning,
+        negative: Conditioning | None,
+        model: nn.Module | None = None,
+        guidance_scale: float | None = None,
+    ) -> PredictFunction:
+        """What the denoiser says about a batch of prompts, as a function of latents and timesteps.
 
         Args:
             conditioning: one row per latent.
-            negative: the single row of `encode_negative`.
-            model: the denoiser as wrapped for training (DDP); the bare one by default.
-        """
-        expanded = None if negative is None else negative[[0] * len(conditioning)]
+            negative: the single row of `encode_negative`; ignored without guidance.
+            model: the denoiser as wrapped for training (DDP, FSDP); the bare one by default.
+            guidance_scale: overrides the policy's own, e.g. for evaluation or for a loss without guidance.
 
-        def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+        Returns:
+            ``predict(latents, timestep) -> prediction``: latents of shape ``(batch, ...)``, scheduler timesteps of shape
+            ``(batch,)``, prediction (velocity, epsilon or v) in float32 of the shape of the latents.
+        """
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        expanded = None if negative is None or scale <= 1 else negative[[0] * len(conditioning)]
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            self._keep_timesteps_exact()
             return self.family.predict_velocity(
                 self.denoiser if model is None else model,
                 latents,
                 timestep,
                 conditioning,
                 negative_conditioning=expanded,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=scale,
             )
 
-        return velocity
+        return predict
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Switches the adapter off; on leaving it is on again with the same parameters trainable."""
-        self.denoiser.disable_adapters()  # type: ignore[operator]
+        """The denoiser as it was before training, inside the context; on leaving, the trained one with the same flags.
+
+        With a LoRA the adapter is off. With the full model the initial weights are put in its place, a copy as large as
+        the model that `keep_reference` asks for.
+
+        Raises:
+            ValueError: the full model is trained and no copy of the initial weights was kept.
+        """
+        if not self.train_full_model:
+            self.denoiser.disable_adapters()  # type: ignore[operator]
+            try:
+                yield
+            finally:
+                self.denoiser.enable_adapters()  # type: ignore[operator]
+            return
+        if self._initial is None:
+            raise ValueError(
+                "the full model is trained and no copy of its initial weights was kept, so there is no reference for a KL "
+                "penalty: set beta to 0, train a LoRA, or pass keep_reference=True (one more copy of the weights)"
+            )
+        parameters = self.trainable_parameters().values()
+        if any(tensor.shape != local(p).shape for tensor, p in zip(self._initial, parameters, strict=True)):
+            # Kept whole before the model was sharded.
+            self._initial = [slice_like(whole, p) for whole, p in zip(self._initial, parameters, strict=True)]
+        with self.use_weights(self._initial):
+            yield
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained tensors by name, in a fixed order; under FSDP2 the sharded ones."""
+        return trainable_parameters(self.denoiser)
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of the trained tensors, e.g. for an old policy; under FSDP2 this rank's slices.
+
+        Element-wise arithmetic between snapshots (a moving average of policies) is right on every rank.
+        """
+        return [local(parameter).clone() for parameter in self.trainable_parameters().values()]
+
+    @contextlib.contextmanager
+    def use_weights(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Runs the denoiser with the weights of a `snapshot`; on leaving, the trained ones are back bit for bit.
+
+        No third copy is made: inside the context ``tensors`` hold the trained weights. Graphs recorded before the context
+        stay valid for a backward pass after it; a graph recorded inside has to be used inside.
+
+        Raises:
+            ValueError: number, shapes or dtypes are not those of the trained tensors.
+        """
+        parameters = self.trainable_parameters()
+        given = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        expected = [(tuple(local(p).shape), p.dtype) for p in parameters.values()]
+        if given != expected:
+            raise ValueError(
+                f"these {len(given)} tensors are no snapshot of the {len(expected)} trained ones; their number, shapes "
+                "and dtypes must be what snapshot() returns"
+            )
+        exchange(parameters.values(), tensors)
         try:
             yield
         finally:
-            self.denoiser.enable_adapters()  # type: ignore[operator]
+            exchange(self.trainable_parameters().values(), tensors)
 
-    def save_lora(self, directory: str) -> None:
-        """Writes the adapter in the format that ``pipeline.load_lora_weights(directory)`` reads; never a partial file."""
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".lora-") as staging:
-            self.family.save_policy_lora(self.denoiser, staging, ADAPTER_NAME)
-            for name in os.listdir(staging):
-                os.replace(os.path.join(staging, name), os.path.join(directory, name))
+    def save_weights(self, directory: str, write: bool | None = None) -> None:
+        """Writes what is trained: the LoRA (`save_lora`), or the denoiser into a sub-folder named as in the pipeline.
+
+        The sub-folder (``transformer`` or ``unet``) is read by the diffusers class's ``from_pretrained``. Under FSDP2 all
+        ranks have to call this together. What is written is complete or absent.
+
+        Args:
+            directory: created if it does not exist; other files in it are left alone.
+            write: whether this process writes; rank 0 by default.
+        """
+        if not self.train_full_model:
+            self.save_lora(directory, write)
+            return
+        self.trainable_parameters()
+        save_full(self.denoiser, directory, self.family.denoiser_attribute, self._class_name, write)
+
+    def load_weights(self, directory: str) -> None:
+        """Restores what `save_weights` wrote, on every rank; the counterpart for sharded models as well.
+
+        Raises:
+            ValueError: files are missing, or do not hold exactly the trained tensors.
+        """
+        if not self.train_full_model:
+            self.load_lora(directory)
+            return
+        self.trainable_parameters()
+        load_full(self.denoiser, directory, self.family.denoiser_attribute)
+
+    def save_lora(self, directory: str, write: bool | None = None) -> None:
+        """Writes the adapter in the format that ``pipeline.load_lora_weights(directory)`` reads; never a partial file.
+
+        Raises:
+            ValueError: the full model is trained.
+        """
+        self._require_lora("save_weights")
+        self.trainable_parameters()
+        save_lora(self.pipeline, self.denoiser, directory, self.family.denoiser_attribute, ADAPTER_NAME, write)
 
     def load_lora(self, directory: str) -> None:
         """Restores the adapter from a directory that `save_lora` wrote.
 
         Raises:
-            ValueError: the file is missing, or does not hold exactly the adapter's tensors.
+            ValueError: the full model is trained, the file is missing, or it does not hold exactly the adapter's tensors.
         """
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        self._require_lora("load_weights")
+        self.trainable_parameters()
+        load_lora(self.denoiser, directory, self.family.denoiser_attribute, ADAPTER_NAME)
 
-        path = os.path.join(directory, LORA_WEIGHTS_NAME)
-        if not os.path.isfile(path):
-            raise ValueError(f"{directory} holds no {LORA_WEIGHTS_NAME}; it is not a checkpoint of this trainer")
-        prefix = f"{self.family.denoiser_attribute}."
-        stored = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
-        expected = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER_NAME)
-        faults = sorted(stored.keys() ^ expected.keys()) or sorted(
-            name for name, tensor in stored.items() if tensor.shape != expected[name].shape
-        )
-        if faults:
-            raise ValueError(
-                f"{path} does not fit this run's LoRA: {len(faults)} tensors are missing, unexpected or of another "
-                f"shape, the first is {faults[0]!r}. Resume with the lora_rank and lora_target_modules of that run"
-            )
-        set_peft_model_state_dict(self.denoiser, stored, adapter_name=ADAPTER_NAME)
+    def _require_lora(self, instead: str) -> None:
+        if self.train_full_model:
+            raise ValueError(f"the full model is trained, so there is no LoRA to save or load; use {instead}")
+
+    def _keep_timesteps_exact(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        if self._timesteps is None and isinstance(self.denoiser, FSDPModule):
+            self._timesteps = ExactTimesteps(self.denoiser)
 
 
-def _add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str]) -> None:
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-
+def _refuse_adapters(denoiser: nn.Module) -> None:
     existing = sorted(getattr(denoiser, "peft_config", {}))
     if existing:
         raise ValueError(
             f"the denoiser already has the adapter(s) {', '.join(existing)}; the reference of the KL penalty is the model "
             "without any. Fuse them (`pipeline.fuse_lora()`, `pipeline.unload_lora_weights()`) before training"
         )
-    denoiser.requires_grad_(False)
+
+
+def _train_all(denoiser: nn.Module, load_in_4bit: bool) -> None:
+    if load_in_4bit or is_quantized(denoiser):
+        raise ValueError("quantised weights cannot be trained in full; train a LoRA on them or load them unquantised")
+    dtypes = {parameter.dtype for parameter in denoiser.parameters()} - {torch.float32}
+    if dtypes:
+        raise ValueError(
+            f"full fine-tuning needs a float32 denoiser, this one has {', '.join(sorted(map(str, dtypes)))}: updates of "
+            "1e-5 are lost in 16 bits. Load the pipeline with torch_dtype=torch.float32; bf16=True (autocast) computes in "
+            "bfloat16 all the same"
+        )
+    denoiser.requires_grad_(True)
+
+
+def _add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str]) -> None:
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
     denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
     cast_training_params(denoiser, dtype=torch.float32)
-    # Sampling and training must be the same function of the weights, so dropout stays off in both.
-    denoiser.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,12 +66,20 @@ class BatchGeometry:
     num_iterations: int
 
     def __post_init__(self) -> None:
-        if self.rows % self.num_generations:
-            raise ValueError(
-                f"the generation batch has {self.rows} rows (per_device_train_batch_size {self.batch_size} x "
-                f"{self.num_processes} processes x steps_per_generation {self.num_chunks}), which is not divisible by "
-                f"num_generations {self.num_generations}; change one of them so that groups are whole"
-            )
+        if self.rows % self.num_generations == 0:
+            return
+        per_chunk = self.chunk_rows
+        least = self.num_generations // math.gcd(per_chunk, self.num_generations)
+        below, above = self.num_chunks // least * least, -(-self.num_chunks // least) * least
+        chunks = " or ".join(str(number) for number in (below, above) if number)
+        sizes = [size for size in range(1, self.rows + 1) if self.rows % size == 0]
+        nearest = sorted(sizes, key=lambda size: (abs(size - self.num_generations), size))[:2]
+        raise ValueError(
+            f"the generation batch has {self.rows} rows (per_device_train_batch_size {self.batch_size} x "
+            f"{self.num_processes} processes x steps_per_generation {self.num_chunks}), which is not divisible by "
+            f"num_generations {self.num_generations}, so groups would not be whole. Set steps_per_generation to {chunks} "
+            f"(and gradient_accumulation_steps along with it), or num_generations to {' or '.join(map(str, nearest))}"
+        )
 
     @property
     def chunk_rows(self) -> int:

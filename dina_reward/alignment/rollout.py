@@ -1,81 +1,48 @@
-"""Sampling loop whose steps inside an SDE window are stochastic and recorded, and whose other steps follow the ODE."""
+"""Sampling loop whose chosen steps are stochastic, some of them recorded for training, and whose other steps are not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, generator_from
-from dina_reward.alignment.steps import SDEType, euler_step, take_step
 
 
-VelocityFunction = Callable[[Tensor, Tensor], Tensor]
-"""``(latents, timestep of shape (batch,)) -> velocity``, float32, with the prompts already bound."""
+PredictFunction = Callable[[Tensor, Tensor], Tensor]
+"""``(latents, timestep of shape (batch,)) -> model output``, float32, with the prompts already bound."""
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """Discretisation of a sampler.
-
-    Args:
-        sigmas (`Tensor`): noise levels, shape ``(num_steps + 1,)``, float32, ending at 0. They stay on the CPU, where
-            reading one costs no synchronisation.
-        timesteps (`Tensor`): what the model is told at each step, shape ``(num_steps,)``, float32, on its device.
-    """
-
-    sigmas: Tensor
-    timesteps: Tensor
-
-    def __len__(self) -> int:
-        return self.timesteps.shape[0]
-
-    @classmethod
-    def from_scheduler(cls, scheduler: Any, num_inference_steps: int, device: torch.device | str = "cpu") -> Schedule:
-        """Copies the grid that a fresh scheduler of this configuration makes; ``scheduler`` itself is not altered.
-
-        The sigmas are never recomputed: with a static shift, `set_timesteps` shifts its end point a second time.
-
-        Raises:
-            ValueError: the scheduler is not of the flow-matching kind, or shifts by image size.
-        """
-        fresh = type(scheduler).from_config(scheduler.config)
-        if not hasattr(fresh, "sigmas") or hasattr(fresh, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(scheduler).__name__} is not a flow-matching scheduler; these samplers need one with sigmas "
-                "that fall from 1 to 0, such as FlowMatchEulerDiscreteScheduler"
-            )
-        if fresh.config.get("use_dynamic_shifting"):
-            raise ValueError(
-                "this scheduler has use_dynamic_shifting=True, which depends on the image size. Give the pipeline a "
-                "scheduler with a fixed `shift` and use_dynamic_shifting=False"
-            )
-        fresh.set_timesteps(num_inference_steps, device="cpu")
-        return cls(
-            sigmas=fresh.sigmas.to("cpu", torch.float32, copy=True),
-            timesteps=fresh.timesteps.to(device, torch.float32, copy=True),
-        )
+WindowSchedule = Literal["random", "fixed", "sliding"]
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Samples of one chunk and what is needed to replay their stochastic steps.
+    """Samples of one chunk and what is needed to replay their recorded steps.
 
     Args:
-        latents (`Tensor`): final latents, shape ``(batch, ...)``. The last step is an ODE step, so they equal its
-            ``x_0`` prediction.
-        trajectory (`Tensor`): states before and after the stochastic steps, shape ``(batch, window + 1, ...)``.
-        log_probs (`Tensor`): of the stochastic steps, shape ``(batch, window)``, float32.
-        window (`range`): indices of the stochastic steps in the schedule.
+        latents (`Tensor`): final latents, shape ``(batch, ...)``. The last step is deterministic, so they equal its
+            ``x_0`` prediction (DDIM: up to the level of the last grid point).
+        states (`dict[int, Tensor]`): state before step ``i`` under key ``i``; a recorded step ``i`` has ``i`` and
+            ``i + 1``. Shape ``(batch, ...)``, storage dtype.
+        log_probs (`dict[int, Tensor]`): of the recorded steps, shape ``(batch,)``, float32.
+        means (`dict[int, Tensor]`): means of the recorded steps' transitions, float32; only where asked for.
+        stochastic (`tuple[int, ...]`): the stochastic steps.
     """
 
     latents: Tensor
-    trajectory: Tensor
-    log_probs: Tensor
-    window: range
+    states: dict[int, Tensor] = field(default_factory=dict)
+    log_probs: dict[int, Tensor] = field(default_factory=dict)
+    means: dict[int, Tensor] = field(default_factory=dict)
+    stochastic: tuple[int, ...] = ()
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The recorded steps, in order."""
+        return tuple(sorted(self.log_probs))
 
 
 def check_sde_window(num_inference_steps: int, size: int, window_range: tuple[int, int]) -> None:
@@ -87,8 +54,8 @@ def check_sde_window(num_inference_steps: int, size: int, window_range: tuple[in
     low, high = window_range
     if high > num_inference_steps - 1:
         raise ValueError(
-            f"sde_window_range [{low}, {high}) includes the last of {num_inference_steps} steps, which ends at sigma 0 "
-            f"and is never trained; the upper end may be at most {num_inference_steps - 1}"
+            f"sde_window_range [{low}, {high}) includes the last of {num_inference_steps} steps, which ends at the clean "
+            f"latent and is never trained; the upper end may be at most {num_inference_steps - 1}"
         )
     if low < 0 or size < 1 or high - low < size:
         raise ValueError(
@@ -97,64 +64,125 @@ def check_sde_window(num_inference_steps: int, size: int, window_range: tuple[in
         )
 
 
-def draw_sde_window(seed: int, generation: int, size: int, window_range: tuple[int, int]) -> range:
-    """The stochastic steps of one generation: a function of ``(seed, generation)``, so all rows and ranks share it."""
+def sde_window(
+    seed: int,
+    generation: int,
+    size: int,
+    window_range: tuple[int, int],
+    schedule: WindowSchedule = "random",
+    interval: int = 1,
+    stride: int = 1,
+) -> range:
+    """The stochastic steps of one generation: a function of ``(seed, generation)``, so all rows and ranks share it.
+
+    | schedule | start of the window |
+    |---|---|
+    | ``random`` | uniform over the range, drawn anew for every generation (Flow-GRPO-fast) |
+    | ``fixed`` | the lower end of the range |
+    | ``sliding`` | moves up by ``stride`` every ``interval`` generations, then starts over (MixGRPO, arXiv 2507.21802) |
+    """
     low, high = window_range
-    generator = generator_from(seed, Stream.SDE_WINDOW, generation)
-    start = int(torch.randint(low, high - size + 1, (1,), generator=generator))
-    return range(start, start + size)
+    positions = high - size - low + 1
+    if schedule == "fixed":
+        offset = 0
+    elif schedule == "sliding":
+        offset = (generation // interval) * stride % positions
+    elif schedule == "random":
+        generator = generator_from(seed, Stream.SDE_WINDOW, generation)
+        offset = int(torch.randint(0, positions, (1,), generator=generator))
+    else:
+        raise ValueError(
+            f"unknown sde_window_schedule {schedule!r}; choose one of {', '.join(get_args(WindowSchedule))}"
+        )
+    return range(low + offset, low + offset + size)
+
+
+def trained_steps(seed: int, generation: int, stochastic: Sequence[int], fraction: float) -> tuple[int, ...]:
+    """A random subset of the stochastic steps, at least one, the same for all rows and ranks of a generation."""
+    count = max(1, round(fraction * len(stochastic)))
+    generator = generator_from(seed, Stream.TRAINED_STEPS, generation)
+    chosen = torch.randperm(len(stochastic), generator=generator)[:count].tolist()
+    return tuple(sorted(stochastic[position] for position in chosen))
 
 
 @torch.no_grad()
 def sample(
-    velocity: VelocityFunction,
+    predict: PredictFunction,
     initial_latents: Tensor,
-    schedule: Schedule,
+    sampler: Sampler,
     *,
-    window: range = range(0),
+    stochastic: Sequence[int] = (),
+    trained: Sequence[int] | None = None,
     step_noise: Tensor | None = None,
-    sde_type: SDEType = "cps",
-    eta: float = 0.8,
+    keep_means: bool = False,
+    offload: bool = False,
 ) -> Rollout:
-    """Denoises a chunk: ODE steps outside ``window``, stochastic and recorded ones inside. No gradient.
-
-    Without a window this is the plain Euler sampler.
+    """Denoises a chunk: deterministic steps, stochastic ones where asked for, and a record of those to train. No gradient.
 
     Args:
-        velocity (`VelocityFunction`): the policy.
+        predict (`PredictFunction`): the policy.
         initial_latents (`Tensor`): standard normal, shape ``(batch, ...)``; their dtype is the storage dtype.
-        schedule (`Schedule`): with timesteps on the device of the latents.
-        step_noise (`Tensor`, *optional*): standard normal, shape ``(batch, window, ...)``; needed with a window.
+        sampler (`Sampler`): with timesteps on the device of the latents.
+        stochastic: indices of the stochastic steps, increasing; never the last step.
+        trained: those of them to record; all by default.
+        step_noise (`Tensor`, *optional*): standard normal, shape ``(batch, len(stochastic), ...)``; needed with stochastic
+            steps.
+        keep_means: also record the means of the transitions.
+        offload: keep recorded states and means in host memory.
 
     Raises:
-        ValueError: the window contains the last step, or the step noise does not fit.
+        ValueError: the last step is stochastic, a trained step is not, or the step noise does not fit.
     """
     batch, dtype = initial_latents.shape[0], initial_latents.dtype
-    noise = _checked_step_noise(initial_latents, schedule, window, step_noise)
-    latents, states = initial_latents, []
-    log_probs = initial_latents.new_zeros((batch, len(window)), dtype=torch.float32)
-    for index in range(len(schedule)):
-        sigma, sigma_next = schedule.sigmas[index], schedule.sigmas[index + 1]
-        prediction = velocity(latents, schedule.timesteps[index].expand(batch))
-        if index not in window:
-            latents = euler_step(latents, prediction, sigma, sigma_next).to(dtype)
+    recorded = tuple(stochastic if trained is None else trained)
+    _check_steps(sampler, stochastic, recorded, initial_latents, step_noise)
+    kept = {state for index in recorded for state in (index, index + 1)}
+    rollout = Rollout(initial_latents, stochastic=tuple(stochastic))
+    store = _to_host if offload else _identity
+    latents = initial_latents
+    for index in range(len(sampler)):
+        if index in kept:
+            rollout.states[index] = store(latents)
+        prediction = predict(latents, sampler.timesteps[index].expand(batch))
+        if index not in stochastic:
+            latents = sampler.step(index, latents, prediction).to(dtype)
             continue
-        position = index - window.start
-        states.append(latents)
-        step = take_step(sde_type, latents, prediction, sigma, sigma_next, eta, noise=noise[:, position], dtype=dtype)
-        latents, log_probs[:, position] = step.next_latents, step.log_prob
-        if index == window[-1]:
-            states.append(latents)
-    trajectory = torch.stack(states, dim=1) if states else initial_latents.new_empty((batch, 0))
-    return Rollout(latents=latents, trajectory=trajectory, log_probs=log_probs, window=window)
+        assert step_noise is not None
+        noise = step_noise[:, stochastic.index(index)]
+        step = sampler.take_step(index, latents, prediction, noise=noise, dtype=dtype)
+        latents = step.next_latents
+        if index in recorded:
+            rollout.log_probs[index] = step.log_prob
+            if keep_means:
+                rollout.means[index] = store(step.transition.mean)
+    return Rollout(latents, rollout.states, rollout.log_probs, rollout.means, rollout.stochastic)
 
 
-def _checked_step_noise(latents: Tensor, schedule: Schedule, window: range, step_noise: Tensor | None) -> Tensor:
-    expected = (latents.shape[0], len(window), *latents.shape[1:])
-    if len(window) == 0:
-        return latents.new_empty(expected)
-    check_sde_window(len(schedule), len(window), (window.start, window.stop))
+def _check_steps(
+    sampler: Sampler,
+    stochastic: Sequence[int],
+    recorded: Sequence[int],
+    latents: Tensor,
+    step_noise: Tensor | None,
+) -> None:
+    if not stochastic:
+        return
+    if list(stochastic) != sorted(set(stochastic)) or stochastic[0] < 0 or stochastic[-1] >= len(sampler) - 1:
+        raise ValueError(
+            f"stochastic steps {list(stochastic)} must increase and lie in [0, {len(sampler) - 1}): the last of "
+            f"{len(sampler)} steps ends at the clean latent and is never trained"
+        )
+    if not set(recorded) <= set(stochastic):
+        raise ValueError(f"trained steps {list(recorded)} are not all among the stochastic ones {list(stochastic)}")
+    expected = (latents.shape[0], len(stochastic), *latents.shape[1:])
     if step_noise is None or step_noise.shape != expected:
         found = None if step_noise is None else tuple(step_noise.shape)
-        raise ValueError(f"step_noise has shape {found}; a window of {len(window)} steps needs {expected}")
-    return step_noise
+        raise ValueError(f"step_noise has shape {found}; {len(stochastic)} stochastic steps need {expected}")
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", non_blocking=False)
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor

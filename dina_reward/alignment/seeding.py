@@ -22,6 +22,9 @@ class Stream(IntEnum):
     CHUNK_ORDER = 5
     EVALUATION_LATENTS = 6
     EVALUATION_REWARD = 7
+    TRAIN_NOISE = 8
+    TRAIN_TIMESTEP = 9
+    TRAINED_STEPS = 10
 
 
 def generator_from(*parts: int) -> torch.Generator:

@@ -7,6 +7,7 @@ Conventions: ``sigma`` falls from 1 (noise) to 0 (latent), ``x = (1 - sigma) x_0
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-SDEType = Literal["flow_sde", "dance_sde", "cps"]
+SDEType = Literal["flow_sde", "dance_sde", "cps", "ddim"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Transition:
         mean (`Tensor`): shape ``(batch, ...)``, float32.
         std (`Tensor`): standard deviation, scalar, float32.
         diffusion (`Tensor`): the diffusion coefficient ``g``, scalar; ``std = g sqrt(-D)`` for the SDEs and ``std = g``
-            for CPS.
+            for CPS and DDIM.
+        delta (`Tensor`): ``-D`` of the SDEs, scalar; 1 where the step has no such factor (CPS, DDIM).
     """
 
     mean: Tensor
     std: Tensor
     diffusion: Tensor
+    delta: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def _sde_transition(
     delta = sigma_next - sigma
     correction = diffusion**2 / (2 * sigma)
     mean = latents.float() * (1 + correction * delta) + velocity.float() * (1 + correction * (1 - sigma)) * delta
-    return Transition(mean=mean, std=diffusion * torch.sqrt(-delta), diffusion=diffusion)
+    return Transition(mean=mean, std=diffusion * torch.sqrt(-delta), diffusion=diffusion, delta=-delta)
 
 
 def cps_transition(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> Transition:
@@ -92,10 +95,14 @@ def cps_transition(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next:
     std = sigma_next * math.sin(eta * math.pi / 2)
     kept = sigma_next * math.cos(eta * math.pi / 2)
     mean = (1 - sigma_next) * (latents - sigma * velocity) + kept * (latents + (1 - sigma) * velocity)
-    return Transition(mean=mean, std=std, diffusion=std)
+    return Transition(mean=mean, std=std, diffusion=std, delta=torch.ones_like(std))
 
 
-_TRANSITIONS = {"flow_sde": flow_sde_transition, "dance_sde": dance_sde_transition, "cps": cps_transition}
+_TRANSITIONS: dict[str, Callable[..., Transition]] = {
+    "flow_sde": flow_sde_transition,
+    "dance_sde": dance_sde_transition,
+    "cps": cps_transition,
+}
 
 
 def check_eta(sde_type: str, eta: float) -> None:
@@ -109,10 +116,10 @@ def check_eta(sde_type: str, eta: float) -> None:
     if not (eta > 0 and math.isfinite(eta)):
         raise ValueError(
             f"eta is {eta}: a deterministic step has no log-probability. Use eta > 0 for steps that are trained "
-            "(0.7 for flow_sde, 0.3 for dance_sde, 0.8 for cps), or `euler_step` to sample the ODE."
+            "(0.7 for flow_sde, 0.3 for dance_sde, 0.8 for cps, 1 for ddim), or a deterministic step to sample the ODE."
         )
-    if sde_type == "cps" and eta > 1:
-        raise ValueError(f"eta is {eta}: cps takes 0 < eta <= 1, the share of the next noise level that is drawn anew")
+    if sde_type in ("cps", "ddim") and eta > 1:
+        raise ValueError(f"eta is {eta}: {sde_type} takes 0 < eta <= 1, the share of noise that is drawn anew")
 
 
 def transition(
@@ -130,6 +137,8 @@ def transition(
         ValueError: see `check_eta`; or the step ends at ``sigma = 0``, where nothing should be added to the latent.
     """
     check_eta(sde_type, eta)
+    if sde_type not in _TRANSITIONS:
+        raise ValueError(f"{sde_type!r} is not a step of a flow-matching sampler; see `dina_reward.alignment.ddim`")
     if not bool(sigma > sigma_next) or not bool(sigma_next > 0):
         raise ValueError(
             f"a stochastic step needs sigma > sigma_next > 0, got {float(sigma):.6g} -> {float(sigma_next):.6g}; "
@@ -147,46 +156,14 @@ def log_prob(sde_type: SDEType, transition: Transition, next_latents: Tensor) ->
     Returns:
         `Tensor` of shape ``(batch,)``, float32.
     """
-    squared_error = (next_latents.float() - transition.mean) ** 2
     if sde_type != "cps":
-        std = transition.std
-        squared_error = squared_error / (2 * std**2) + torch.log(std) + 0.5 * math.log(2 * math.pi)
-    return -squared_error.flatten(start_dim=1).mean(dim=1)
+        return gaussian_log_prob(transition, next_latents)
+    return -((next_latents.float() - transition.mean) ** 2).flatten(start_dim=1).mean(dim=1)
 
 
-def take_step(
-    sde_type: SDEType,
-    latents: Tensor,
-    velocity: Tensor,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    eta: float,
-    *,
-    noise: Tensor,
-    dtype: torch.dtype = torch.float32,
-) -> StepOutput:
-    """Draws the next latents, ``x' = mean + std noise``, rounded to ``dtype`` before their log-probability is taken.
-
-    Args:
-        noise (`Tensor`): standard normal, shape of ``latents``.
-        dtype (`torch.dtype`): storage dtype of ``x'``: what a replay will find.
-        Others: see `transition`.
-    """
-    step = transition(sde_type, latents, velocity, sigma, sigma_next, eta)
-    next_latents = (step.mean + step.std * noise.float()).to(dtype)
-    return StepOutput(next_latents, log_prob(sde_type, step, next_latents), step)
-
-
-def replay_step(
-    sde_type: SDEType,
-    latents: Tensor,
-    velocity: Tensor,
-    sigma: Tensor,
-    sigma_next: Tensor,
-    eta: float,
-    *,
-    next_latents: Tensor,
-) -> StepOutput:
-    """Log-probability, under this ``velocity``, of a step that was taken before. See `transition` for the arguments."""
-    step = transition(sde_type, latents, velocity, sigma, sigma_next, eta)
-    return StepOutput(next_latents, log_prob(sde_type, step, next_latents), step)
+def gaussian_log_prob(transition: Transition, next_latents: Tensor) -> Tensor:
+    """Log-density of ``N(mean, std^2)``, mean over latent elements, shape ``(batch,)``, float32."""
+    std = transition.std
+    squared_error = (next_latents.float() - transition.mean) ** 2
+    density = squared_error / (2 * std**2) + torch.log(std) + 0.5 * math.log(2 * math.pi)
+    return -density.flatten(start_dim=1).mean(dim=1)

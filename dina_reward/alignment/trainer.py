@@ -1,59 +1,38 @@
-"""Flow-GRPO on `transformers.Trainer`: aligns a diffusers pipeline with rewards on its latents."""
+"""Policy-gradient trainers: group-relative (Flow-GRPO and its kin, GRPO on DDPM models) and DDPO."""
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import time
-from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import DistributedType
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, set_seed
 
-from dina_reward.alignment.config import DiffusionGRPOConfig
-from dina_reward.alignment.evaluation import Evaluator, HeldOutEvaluator
-from dina_reward.alignment.experience import Experience, ExperienceMaker
+from dina_reward.alignment.advantages import Advantages, PerPromptStatTracker
+from dina_reward.alignment.base import AlignmentTrainer
+from dina_reward.alignment.credit import check_scores_noisy
+from dina_reward.alignment.experience import Experience, RolloutPlan
+from dina_reward.alignment.grpo_config import DDPOConfig, DiffusionGRPOConfig
 from dina_reward.alignment.objectives import ObjectiveOutput, ObjectiveSettings, get_objective, step_kl
-from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.prompts import BatchGeometry, PromptDataset, PromptRollouts
-from dina_reward.alignment.rewards import RewardFunction, RewardSet
-from dina_reward.alignment.steps import replay_step, transition
-from dina_reward.training.checkpointing import AtomicCheckpointMixin
-from dina_reward.training.ema import EMACallback
+from dina_reward.alignment.prompts import PromptDataset
+from dina_reward.alignment.rewards import RewardFunction
+from dina_reward.alignment.rollout import sde_window, trained_steps
+from dina_reward.training.checkpointing import CheckpointedCallback
 
 
-EMA_DIRECTORY = "ema"
+class DiffusionGRPOTrainer(AlignmentTrainer):
+    """Group-relative policy optimisation of a diffusion or flow-matching pipeline (Flow-GRPO, arXiv 2505.05470).
 
-
-class DiffusionGRPOTrainer(AtomicCheckpointMixin, Trainer):
-    """Group-relative policy optimisation of a flow-matching pipeline (Flow-GRPO, arXiv 2505.05470).
-
-    Each generation samples groups of latents that share a prompt, with stochastic steps inside an SDE window, scores the
-    final latents and trains a LoRA on the recorded steps. Nothing is decoded in training. Classifier-free guidance,
-    several rewards, KL to the model without LoRA, EMA, DDP and bit-exact resume are supported; FSDP and DeepSpeed are
-    not. Checkpoints hold ``pytorch_lora_weights.safetensors`` (and the EMA's in ``ema/``), which
-    ``pipeline.load_lora_weights`` reads.
+    Each generation samples groups of latents that share a prompt, with stochastic steps inside a window, scores the final
+    latents and trains on the recorded steps. By configuration: Flow-SDE, Dance-SDE, CPS, or DDIM on DDPM models; random,
+    fixed or sliding windows; subsets of steps; guidance; clip-higher; GRPO-Guard; KL to the model without LoRA; step-wise
+    credit from rewards of the noisy states. See `AlignmentTrainer` for the arguments.
 
     Example:
         >>> trainer = DiffusionGRPOTrainer(pipe, reward, DiffusionGRPOConfig("out"), train_dataset=["a cat", "a dog"])
         >>> trainer.train()
-
-    Args:
-        pipeline: a diffusers text-to-image pipeline of a supported flow-matching family. Its denoiser gets a LoRA.
-        reward_funcs: one or several callables; see `RewardSet` for how they are called.
-        args: the configuration.
-        train_dataset: prompts: a list of strings, or rows with a ``"prompt"`` and further columns.
-        eval_dataset: held-out prompts; evaluated when `eval_strategy` says so.
-        evaluators: judges of decoded held-out images; see `dina_reward.alignment.evaluation.Evaluator`.
-        callbacks, optimizers: as in `transformers.Trainer`.
-
-    Raises:
-        ValueError: the pipeline, the batch geometry or the launch do not fit together.
     """
 
     args: DiffusionGRPOConfig
@@ -64,248 +43,132 @@ class DiffusionGRPOTrainer(AtomicCheckpointMixin, Trainer):
         reward_funcs: RewardFunction | Sequence[RewardFunction],
         args: DiffusionGRPOConfig,
         train_dataset: PromptDataset,
-        eval_dataset: PromptDataset | None = None,
-        evaluators: Evaluator | Sequence[Evaluator] = (),
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
+        **kwargs: Any,
     ) -> None:
-        geometry = _geometry(args)
-        pipeline.to(args.device)
-        self.policy = _new_policy(pipeline, args)
-        self.ema = None
-        if args.ema_decay is not None:
-            self.ema = EMACallback(self.policy.denoiser, args.ema_decay, args.ema_update_every)
-        prompts = PromptRollouts(
-            train_dataset,
-            geometry,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
-        super().__init__(
-            model=self.policy.denoiser,
-            args=args,
-            train_dataset=prompts,
-            eval_dataset=eval_dataset,
-            callbacks=[*(callbacks or []), *([] if self.ema is None else [self.ema])],
-            optimizers=optimizers,
-        )
-        self._check_launch(geometry)
-        rewards = _reward_set(reward_funcs, args)
-        self.experience_maker = ExperienceMaker(self.policy, prompts, rewards, args, self.accelerator)
-        self.evaluator = HeldOutEvaluator(
-            self.policy,
-            rewards,
-            reward_weights=self.experience_maker.reward_weights,
-            evaluators=[evaluators] if callable(evaluators) else evaluators,
-            output_dir=args.output_dir,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.eval_num_inference_steps,
-            batch_size=args.per_device_eval_batch_size,
-            num_images=args.eval_num_images,
-            seed=args.seed,
-            accelerator=self.accelerator,
-        )
+        super().__init__(pipeline, reward_funcs, args, train_dataset, **kwargs)
         assert args.epsilon_high is not None
         self._objective = get_objective(args.loss_type)
         self._settings = ObjectiveSettings(args.epsilon, args.epsilon_high, args.advantage_clip)
-        self._generation = -1
-        self._experience: dict[int, Experience] = {}
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        if args.credit == "gain":
+            check_scores_noisy(self.rewards.functions)
 
-    def _check_launch(self, geometry: BatchGeometry) -> None:
-        expected = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.accelerator.num_processes != expected or geometry.num_processes != expected:
-            raise ValueError(
-                f"the launcher started {expected} processes but accelerate sees {self.accelerator.num_processes}: they "
-                "would train separately. On CPU use `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N script.py`"
-            )
-        if self.is_fsdp_enabled or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError("DiffusionGRPOTrainer trains a LoRA with DDP; FSDP and DeepSpeed are not supported")
+    def plan(self, generation: int) -> RolloutPlan:
+        """The stochastic steps of a generation, those that are trained, and what is recorded of them."""
+        args = self.args
+        assert args.sde_window_size is not None
+        assert args.sde_window_range is not None
+        low, high = args.sde_window_range
+        window = sde_window(
+            args.seed,
+            generation,
+            args.sde_window_size,
+            (low, high),
+            args.sde_window_schedule,
+            args.sde_window_interval,
+            args.sde_window_stride,
+        )
+        return RolloutPlan(
+            stochastic=window,
+            trained=trained_steps(args.seed, generation, window, args.train_timestep_fraction),
+            keep_means="mean_shift" in self._objective.requires,
+            reference=args.beta > 0,
+            credit_discount=args.credit_discount if args.credit == "gain" else None,
+        )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        # PromptRollouts is already in training order; ranks take their batches from it in turn.
-        return SequentialSampler(self.experience_maker.prompts)
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Trains one micro-batch on all steps of its window, one backward per step.
-
-        The first micro-step of a generation samples and scores the whole generation batch before.
-        """
-        experience = self._experience_of(inputs)
-        started = time.perf_counter()
-        steps = len(experience.rollout.window)
-        total = torch.zeros((), device=self.args.device)
-        metrics: dict[str, list[Tensor]] = defaultdict(list)
-        for position in range(steps):
-            last = position == steps - 1
-            # DDP adds up the gradients of the window on each rank and averages them once, with the last step.
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                output = self.step_loss(model, experience, position)
-                loss = output.loss / (steps * self.current_gradient_accumulation_steps)
-                self.accelerator.backward(loss)
-            total += loss.detach()
-            for name, value in output.metrics.items():
-                metrics[name].append(value)
-        self._record(metrics)
-        self._metrics["time/train"].append(time.perf_counter() - started)
-        return total
+    def num_losses(self, experience: Experience) -> int:
+        """One loss per recorded step."""
+        return len(experience.rollout.trained)
 
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
-        """Objective, plus KL penalty, of one recorded step of one micro-batch.
-
-        Args:
-            model: the denoiser as wrapped for training.
-            experience: the micro-batch.
-            position: number of the step inside the window.
-        """
-        args, schedule, rollout = self.args, self.experience_maker.schedule, experience.rollout
-        index = rollout.window[position]
-        latents = rollout.trajectory[:, position]
-        sigma, sigma_next = schedule.sigmas[index], schedule.sigmas[index + 1]
-        bound = self.policy.bind(experience.conditioning[experience.prompt_index], experience.negative, model)
-        velocity = bound(latents, schedule.timesteps[index].expand(latents.shape[0]))
-        step = replay_step(
-            args.sde_type,
-            latents,
-            velocity,
-            sigma,
-            sigma_next,
-            args.eta,
-            next_latents=rollout.trajectory[:, position + 1],
-        )
+        """Objective, plus KL penalty, of one recorded step of one micro-batch."""
+        rollout, device = experience.rollout, self.accelerator.device
+        index = rollout.trained[position]
+        latents, next_latents = rollout.states[index].to(device), rollout.states[index + 1].to(device)
+        predict = self.policy.bind(experience.conditioning_rows(), experience.negative, model)
+        prediction = predict(latents, self.sampler.timesteps[index].expand(latents.shape[0]))
+        step = self.sampler.replay_step(index, latents, prediction, next_latents=next_latents)
         tensors = {
             "log_prob": step.log_prob,
-            "old_log_prob": rollout.log_probs[:, position],
-            "advantages": experience.advantages,
+            "old_log_prob": rollout.log_probs[index],
+            "advantages": experience.advantages_at(index),
+            "weights": experience.weights,
+            "std": step.transition.std,
+            "delta": step.transition.delta,
         }
+        if index in rollout.means:
+            shift = (step.transition.mean - rollout.means[index].to(device)) ** 2
+            tensors["mean_shift"] = shift.flatten(start_dim=1).mean(dim=1)
         output = self._objective(tensors, self._settings)
-        if experience.reference_velocity is None:
+        if index not in experience.reference:
             return output
-        reference_velocity = experience.reference_velocity[:, position]
-        reference = transition(args.sde_type, latents, reference_velocity, sigma, sigma_next, args.eta)
+        reference = experience.reference[index]
         kl = step_kl(
-            args.kl_kind,
+            self.args.kl_kind,
             mean=step.transition.mean,
-            reference_mean=reference.mean,
-            velocity=velocity,
-            reference_velocity=reference_velocity,
+            reference_mean=self.sampler.transition(index, latents, reference).mean,
+            velocity=prediction,
+            reference_velocity=reference,
             std=step.transition.std,
             diffusion=step.transition.diffusion,
-        ).mean()
-        return ObjectiveOutput(output.loss + args.beta * kl, {**output.metrics, "kl": kl.detach()})
+        )
+        penalty = (experience.weights * kl).mean()
+        return ObjectiveOutput(output.loss + self.args.beta * penalty, {**output.metrics, "kl": kl.detach().mean()})
 
-    def _experience_of(self, inputs: dict[str, Tensor]) -> Experience:
-        generation, first_row = int(inputs["generation"][0]), int(inputs["row"][0])
-        if generation != self._generation:
-            if int(inputs["iteration"][0]) != 0 or first_row >= self.experience_maker.prompts.geometry.chunk_rows:
-                raise ValueError(
-                    f"step {self.state.global_step} lies inside generation {generation}, whose samples are not stored; "
-                    "resume from a checkpoint whose step is a multiple of the optimizer steps per generation"
-                )
-            self._experience = {}
-            experience, metrics = self.experience_maker.make(generation)
-            self._generation, self._experience = generation, {part.rows.start: part for part in experience}
-            for name, value in metrics.items():
-                self._metrics[name].append(value)
-        return self._experience[first_row]
 
-    def _record(self, metrics: dict[str, list[Tensor]]) -> None:
-        """Averages over the window and all ranks; the extremes of the ratio stay extremes."""
-        if not metrics:
-            return
-        reduced = [_reduction(name)(torch.stack(values)) for name, values in metrics.items()]
-        gathered = self.accelerator.gather(torch.stack(reduced)[None])
-        for column, name in enumerate(metrics):
-            self._metrics[name].append(float(_reduction(name)(gathered[:, column])))
+class DDPOTrainer(DiffusionGRPOTrainer):
+    """Denoising diffusion policy optimisation (DDPO, arXiv 2305.13301) of a DDPM pipeline.
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics collected since the last training log line."""
-        if "loss" in logs:
-            averages = {name: float(_reduction(name)(torch.tensor(v))) for name, v in self._metrics.items()}
-            logs = {**logs, **averages}
-            self._metrics.clear()
-        super().log(logs, start_time)
+    Samples are independent; their advantages are relative to a history of rewards of the same prompt. ``loss_type`` is
+    ``"ppo_clip"`` (importance-sampled, DDPO-IS) or ``"policy_gradient"`` (score function, DDPO-SF).
+    See `AlignmentTrainer` for the arguments.
+    """
 
-    def evaluate(  # type: ignore[override]
+    args: DDPOConfig
+
+    def __init__(
         self,
-        eval_dataset: PromptDataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluates held-out prompts, with the EMA weights if there are any; see `HeldOutEvaluator`.
+        pipeline: Any,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        args: DDPOConfig,
+        train_dataset: PromptDataset,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(pipeline, reward_funcs, args, train_dataset, **kwargs)
+        size = args.per_prompt_stat_tracking_buffer_size if args.per_prompt_stat_tracking else 1
+        # Without tracking no prompt ever reaches the count, so that the batch's statistics are used.
+        least = args.per_prompt_stat_tracking_min_count if args.per_prompt_stat_tracking else 2
+        self.stat_tracker = PerPromptStatTracker(size, least)
+        self.add_callback(StatTrackerCallback(self.stat_tracker))
 
-        Returns:
-            Means over the prompts, as ``eval_reward`` and ``eval_<evaluator>``.
+    def compare(self, generation: int, scores: Tensor) -> Advantages:
+        """Advantages relative to each prompt's history; see `PerPromptStatTracker`."""
+        rows = self.experience_maker.prompts.rows(generation, range(len(scores)))
+        return self.stat_tracker.advantages([row["prompt"] for row in rows], scores, self.reward_weights)
+
+
+class StatTrackerCallback(CheckpointedCallback):
+    """Carries the rewards that a `PerPromptStatTracker` remembers through checkpoints.
+
+    Args:
+        tracker: the tracker.
+    """
+
+    file_name = "prompt_statistics.json"
+
+    def __init__(self, tracker: PerPromptStatTracker) -> None:
+        self.tracker = tracker
+
+    def save_state(self, directory: str) -> None:
+        """Writes ``prompt_statistics.json``."""
+        Path(directory, self.file_name).write_text(json.dumps(self.tracker.state_dict()), encoding="utf-8")
+
+    def load_state(self, directory: str) -> None:
+        """Reads ``prompt_statistics.json``.
+
+        Raises:
+            ValueError: the file is missing.
         """
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("evaluate() needs held-out prompts; give the trainer an eval_dataset")
-        started = time.perf_counter()
-        with self.averaged_policy():
-            record = self.evaluator.evaluate(dataset, self.state.global_step)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in record.metrics.items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def averaged_policy(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the policy has its EMA weights; does nothing without EMA."""
-        return contextlib.nullcontext() if self.ema is None else self.ema.average_parameters()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        directory = self.args.output_dir if output_dir is None else output_dir
-        self.policy.save_lora(directory)
-        if self.ema is not None:
-            with self.averaged_policy():
-                self.policy.save_lora(os.path.join(directory, EMA_DIRECTORY))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.policy.load_lora(resume_from_checkpoint)
-
-
-def _geometry(args: DiffusionGRPOConfig) -> BatchGeometry:
-    assert args.steps_per_generation is not None
-    return BatchGeometry(
-        batch_size=args.per_device_train_batch_size,
-        num_processes=args.world_size,
-        num_chunks=args.steps_per_generation,
-        num_generations=args.num_generations,
-        num_iterations=args.num_iterations,
-    )
-
-
-def _new_policy(pipeline: Any, args: DiffusionGRPOConfig) -> Policy:
-    set_seed(args.seed)
-    policy = Policy(
-        pipeline,
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        target_modules=args.lora_target_modules,
-        guidance_scale=args.guidance_scale,
-        max_sequence_length=args.max_sequence_length,
-    )
-    if args.gradient_checkpointing:
-        policy.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-        # Trainer would look for a method that diffusers models do not have.
-        args.gradient_checkpointing = args.activation_checkpointing = False
-    return policy
-
-
-def _reward_set(reward_funcs: RewardFunction | Sequence[RewardFunction], args: DiffusionGRPOConfig) -> RewardSet:
-    functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-    settings = {
-        "noise_level": args.reward_noise_level,
-        "ensemble": args.reward_ensemble,
-        "num_noise_samples": args.reward_num_noise_samples,
-    }
-    return RewardSet(functions, settings)
-
-
-def _reduction(name: str) -> Any:
-    return {"ratio/min": torch.min, "ratio/max": torch.max}.get(name, torch.mean)
+        path = os.path.join(directory, self.file_name)
+        if not os.path.isfile(path):
+            raise ValueError(f"{directory} holds no {self.file_name}; it is not a checkpoint of DDPOTrainer")
+        self.tracker.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))

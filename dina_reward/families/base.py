@@ -7,8 +7,8 @@ are laid out, which noise process it uses, how its denoiser is called (policy si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -73,10 +73,23 @@ class TapFeatures:
 
 @dataclass(frozen=True)
 class FeatureSizes:
-    """Channel counts of `TapFeatures`: of the tapped hidden states and of ``temb``."""
+    """Channel counts of `TapFeatures`.
 
-    hidden: int
+    Args:
+        hidden (`int` or `tuple[int, ...]`): of the image tokens: one number for all blocks, or one per block.
+        temb (`int`): of ``temb``.
+        text (`int`, *optional*): of the text tokens; default: ``hidden``.
+    """
+
+    hidden: int | tuple[int, ...]
     temb: int
+    text: int | None = None
+
+    def at(self, blocks: Sequence[int]) -> FeatureSizes:
+        """Sizes of the features of these blocks alone (1-based numbers); ``hidden`` then has one entry per tap."""
+        if isinstance(self.hidden, int):
+            return self
+        return replace(self, hidden=tuple(self.hidden[block - 1] for block in blocks))
 
 
 class Backbone(nn.Module, ABC):
@@ -170,7 +183,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:
-        """Channel counts of the tapped features."""
+        """Channel counts of the features, block by block where blocks differ."""
 
     @abstractmethod
     def build_backbone(
@@ -210,9 +223,29 @@ class ModelFamily(ABC):
             `Tensor` of the shape of ``latents``, float32.
         """
 
-    @abstractmethod
-    def save_policy_lora(self, denoiser: nn.Module, directory: str, adapter_name: str) -> None:
-        """Writes a LoRA file that the family's pipelines read with ``load_lora_weights(directory)``."""
+
+def predict_with_guidance(
+    predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    latents: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning,
+    negative_conditioning: Conditioning | None,
+    guidance_scale: float,
+) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598), ``negative + scale (positive - negative)``, in one call of ``predict``.
+
+    At a scale of 1 or less, ``predict(latents, timestep, conditioning)`` alone.
+
+    Raises:
+        ValueError: a scale above 1 without ``negative_conditioning``.
+    """
+    if guidance_scale <= 1:
+        return predict(latents, timestep, conditioning)
+    if negative_conditioning is None:
+        raise ValueError(f"guidance_scale {guidance_scale} > 1 needs negative_conditioning")
+    both = Conditioning.cat([negative_conditioning, conditioning])
+    negative, positive = predict(torch.cat([latents, latents]), torch.cat([timestep, timestep]), both).chunk(2)
+    return negative + guidance_scale * (positive - negative)
 
 
 _FAMILIES: dict[str, ModelFamily] = {}

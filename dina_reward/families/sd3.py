@@ -17,6 +17,7 @@ from dina_reward.families.base import (
     FeatureSizes,
     ModelFamily,
     TapFeatures,
+    predict_with_guidance,
     register_family,
 )
 from dina_reward.noise import FlowMatchingNoise
@@ -234,35 +235,16 @@ class SD3Family(ModelFamily):
         negative_conditioning: Conditioning | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        guided = guidance_scale > 1
-        if guided:
-            if negative_conditioning is None:
-                raise ValueError(f"guidance_scale {guidance_scale} > 1 needs negative_conditioning")
-            conditioning = Conditioning.cat([negative_conditioning, conditioning])
-            latents, timestep = torch.cat([latents, latents]), torch.cat([timestep, timestep])
-        (velocity,) = denoiser(
-            hidden_states=latents.to(conditioning.prompt_embeds.dtype),
-            timestep=timestep,
-            encoder_hidden_states=conditioning.prompt_embeds,
-            pooled_projections=conditioning.pooled_prompt_embeds,
-            return_dict=False,
-        )
-        velocity = velocity.float()
-        if guided:
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + guidance_scale * (conditional - unconditional)
-        return velocity
+        def predict(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+            return denoiser(
+                hidden_states=latents.to(conditioning.prompt_embeds.dtype),
+                timestep=timestep,
+                encoder_hidden_states=conditioning.prompt_embeds,
+                pooled_projections=conditioning.pooled_prompt_embeds,
+                return_dict=False,
+            )[0].float()
 
-    def save_policy_lora(self, denoiser: nn.Module, directory: str, adapter_name: str) -> None:
-        from diffusers import StableDiffusion3Pipeline
-        from peft import get_peft_model_state_dict
-
-        config = denoiser.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, index]
-        StableDiffusion3Pipeline.save_lora_weights(
-            directory,
-            transformer_lora_layers=get_peft_model_state_dict(denoiser, adapter_name=adapter_name),
-            transformer_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in config.items()},
-        )
+        return predict_with_guidance(predict, latents, timestep, conditioning, negative_conditioning, guidance_scale)
 
 
 def _config_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:

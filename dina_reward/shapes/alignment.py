@@ -134,7 +134,7 @@ def align(
         alignment_config(output_dir, iterations=iterations, seed=seed, **overrides),
         train_dataset=training_prompts(seed),
         eval_dataset=held_out_prompts(),
-        evaluators=oracle_scores,
+        eval_reward_funcs=oracle_scores,
         callbacks=list(callbacks),
     )
     started = time.perf_counter()

@@ -58,13 +58,13 @@ def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 256) -> 
         Tensor: latents, shape (count, 8, 8, 8).
     """
     modes = [vae.encode(2 * batch - 1).latent_dist.mode() for batch in images.split(batch_size)]
-    return (torch.cat(modes) - vae.config.shift_factor) * vae.config.scaling_factor
+    return (torch.cat(modes) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor, batch_size: int = 256) -> Tensor:
     """Images in [0, 1], shape (count, 3, 32, 32), of scaled latents (count, 8, 8, 8)."""
-    latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     images = torch.cat([vae.decode(batch).sample for batch in latents.split(batch_size)])
     return (images / 2 + 0.5).clamp(0, 1)
 

@@ -3,9 +3,12 @@
 | stage | makes | from |
 |---|---|---|
 | vae | `vae/` | renders |
-| generator | `sd3/`, the pipeline | `vae/` |
-| preferences | `preferences/train.safetensors`, `preferences/held_out.safetensors` | `sd3/` |
-| reward | `sd3-reward/` | `sd3/`, `preferences/` |
+| generator | `sd3/`, the flow-matching pipeline | `vae/` |
+| preferences | `sd3-preferences/train.safetensors`, `sd3-preferences/held_out.safetensors` | `sd3/` |
+| reward | `sd3-reward/` | `sd3/`, `sd3-preferences/` |
+| ddpm-generator | `sd1/`, the DDPM pipeline | `vae/` |
+| ddpm-preferences | `sd1-preferences/` | `sd1/` |
+| ddpm-reward | `sd1-reward/` | `sd1/`, `sd1-preferences/` |
 
 A finished stage is kept: run the command again to continue after an interruption, or name a stage with `--force` to
 make it anew.
@@ -16,20 +19,23 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from dina_reward.atomic import atomic_directory
+from dina_reward.families import family_of
 
 from .autoencoder import reconstruction_psnr, train_autoencoder
 from .evaluation import evaluate_pipeline
-from .generator import train_generator
 from .preferences import PreferencePairs, build_pool, sample_pairs
 from .prompts import sample_scenes
 from .renderer import render
 from .reward import evaluate_reward, train_reward
+from .worlds import WORLDS, World
 
 
 POOL_SIZES = {"train": 4096, "held_out": 1024}
@@ -47,16 +53,21 @@ def build_vae(output: Path, seed: int = 0) -> None:
         vae.half().save_pretrained(directory)
 
 
-def build_generator(output: Path, seed: int = 0) -> None:
-    """Train the generator and write the pipeline to `output/sd3`, transformer and autoencoder in half precision."""
+def build_generator(world: World, output: Path, seed: int = 0) -> None:
+    """Train a generator and write its pipeline, denoiser and autoencoder in half precision."""
     vae = AutoencoderKL.from_pretrained(output / "vae")
-    pipeline = train_generator(vae.eval().requires_grad_(False), seed=seed)
+    pipeline = world.train(vae.eval().requires_grad_(False), seed=seed)
     print(evaluate_pipeline(pipeline, seed=seed))
-    pipeline.transformer.half()
+    save_pipeline(pipeline, output / world.weights)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, directory: Path) -> None:
+    """Write a pipeline, denoiser and autoencoder in half precision."""
+    getattr(pipeline, family_of(pipeline).denoiser_attribute).half()
     pipeline.vae.half()
-    with atomic_directory(output / "sd3") as directory:
-        pipeline.save_pretrained(directory)
-        forget_origin(directory)
+    with atomic_directory(directory) as staging:
+        pipeline.save_pretrained(staging)
+        forget_origin(staging)
 
 
 def forget_origin(directory: Path) -> None:
@@ -67,10 +78,10 @@ def forget_origin(directory: Path) -> None:
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def build_preferences(output: Path, seed: int = 0) -> None:
-    """Sample, read and pair latents, and write the labelled pairs of both splits to `output/preferences`."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(output / "sd3")
-    with atomic_directory(output / "preferences") as directory:
+def build_preferences(world: World, output: Path, seed: int = 0) -> None:
+    """Sample, read and pair latents, and write the labelled pairs of both splits."""
+    pipeline = DiffusionPipeline.from_pretrained(output / world.weights)
+    with atomic_directory(output / f"{world.weights}-preferences") as directory:
         for offset, split in enumerate(POOL_SIZES):
             pool = build_pool(pipeline, split, POOL_SIZES[split], seed=seed + offset)
             pairs = sample_pairs(pool, split, PAIR_COUNTS[split], seed=seed + offset)
@@ -79,22 +90,28 @@ def build_preferences(output: Path, seed: int = 0) -> None:
             print(f"{split}: {len(pairs)} pairs, {100 * errors:.1f} % of the labels are errors")
 
 
-def build_reward(output: Path, seed: int = 0) -> None:
-    """Train the latent reward on the preferences, print its held-out accuracy and write it to `output/sd3-reward`."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(output / "sd3")
-    pairs = {split: PreferencePairs.load(output / "preferences" / f"{split}.safetensors") for split in POOL_SIZES}
-    reward = train_reward(pipeline, pairs["train"], output / "reward-training", seed=seed)
+def build_reward(world: World, output: Path, seed: int = 0) -> None:
+    """Train a latent reward on the preferences, print its held-out accuracy and write it."""
+    pipeline = DiffusionPipeline.from_pretrained(output / world.weights)
+    preferences = output / f"{world.weights}-preferences"
+    pairs = {split: PreferencePairs.load(preferences / f"{split}.safetensors") for split in POOL_SIZES}
+    reward = train_reward(pipeline, pairs["train"], output / f"{world.weights}-reward-training", seed=seed)
     report = evaluate_reward(reward, pairs["held_out"])
     print(report.table(), report.calibration_table("0.4"), sep="\n\n")
-    reward.save_pretrained(output / "sd3-reward")
+    reward.save_pretrained(output / f"{world.weights}-reward")
 
 
-STAGES = {
-    "vae": (build_vae, "vae"),
-    "generator": (build_generator, "sd3"),
-    "preferences": (build_preferences, "preferences"),
-    "reward": (build_reward, "sd3-reward"),
-}
+def _stages() -> dict[str, tuple[Callable[..., None], str]]:
+    stages: dict[str, tuple[Callable[..., None], str]] = {"vae": (build_vae, "vae")}
+    for world in WORLDS:
+        prefix = "" if world.name == "flow" else f"{world.name}-"
+        stages[f"{prefix}generator"] = (partial(build_generator, world), world.weights)
+        stages[f"{prefix}preferences"] = (partial(build_preferences, world), f"{world.weights}-preferences")
+        stages[f"{prefix}reward"] = (partial(build_reward, world), f"{world.weights}-reward")
+    return stages
+
+
+STAGES = _stages()
 """Each stage's function and the directory it makes."""
 
 

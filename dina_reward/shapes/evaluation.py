@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from .autoencoder import decode_latents
-from .generator import sample_latents
 from .oracle import Oracle, OracleScores
 from .prompts import ATTRIBUTES, sample_prompts
+from .worlds import WORLDS, world_of
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,27 @@ class PipelineEvaluation:
 
 
 def evaluate_pipeline(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     split: str = "held_out",
     count: int = 480,
-    num_inference_steps: int = 10,
+    num_inference_steps: int | None = None,
     eta: float = 0.0,
     seed: int = 0,
 ) -> PipelineEvaluation:
     """Sample `count` images for the prompts of a split, without guidance, and let the oracle judge them.
 
     Args:
-        pipeline (StableDiffusion3Pipeline): what to evaluate.
+        pipeline (Any): what to evaluate.
         split (str): "train" or "held_out".
         count (int): number of samples, dealt evenly to the prompts.
-        num_inference_steps (int): sampler steps.
-        eta (float): share of fresh noise in each step, see `sample_latents`.
+        num_inference_steps (int): sampler steps; the world's own number by default.
+        eta (float): share of fresh noise in each step.
         seed (int): seeds prompts and noise.
     """
     prompts = sample_prompts(count, split, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    latents = sample_latents(pipeline, prompts, generator, num_inference_steps=num_inference_steps, eta=eta)
+    steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
+    latents = world_of(pipeline).sample(pipeline, prompts, generator, eta=eta, **steps)
     images = decode_latents(pipeline.vae, latents)
     return PipelineEvaluation(prompts=prompts, images=images, scores=Oracle()(images, prompts))
 
@@ -70,10 +71,11 @@ def main() -> None:
     from dina_reward.shapes import load_pipeline
 
     parser = argparse.ArgumentParser(description="Let the oracle judge the shipped pipeline.")
+    parser.add_argument("--world", choices=[world.name for world in WORLDS], default="flow", help="which generator")
     parser.add_argument("--count", type=int, default=480, help="samples for each split")
     parser.add_argument("--seed", type=int, default=0, help="seeds prompts and noise")
     arguments = parser.parse_args()
-    pipeline = load_pipeline()
+    pipeline = load_pipeline(arguments.world)
     for split in ("train", "held_out"):
         print(f"{split}: {evaluate_pipeline(pipeline, split, arguments.count, seed=arguments.seed)}")
 

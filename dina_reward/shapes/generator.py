@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import (
@@ -200,104 +201,147 @@ def pad_text(text: PromptEmbeddings, tokens: int) -> PromptEmbeddings:
     return PromptEmbeddings(F.pad(text.prompt_embeds, (0, 0, 0, tokens)), text.pooled_prompt_embeds)
 
 
-def train_generator(
-    vae: AutoencoderKL,
-    cycles: Sequence[Cycle] = CYCLES,
-    batch_size: int = 64,
-    learning_rate: float = 1.5e-3,
-    corruption: float = CORRUPTION,
-    num_images: int = 16384,
-    seed: int = 0,
-) -> StableDiffusion3Pipeline:
+@dataclass(frozen=True)
+class GeneratorTraining:
+    """How a generator is trained on renders of training scenes with corrupted captions.
+
+    Args:
+        cycles (Sequence[Cycle]): runs of the learning rate schedule; each starts from the moving average of the
+            weights of the one before.
+        learning_rate (float): peak of each cycle's schedule.
+        batch_size (int): latents per step.
+        corruption (float): chance that an attribute of a caption is re-drawn.
+        num_images (int): size of the pool of renders that each cycle draws from.
+        seed (int): seeds the initial weights and every draw.
+    """
+
+    cycles: Sequence[Cycle]
+    learning_rate: float
+    batch_size: int = 64
+    corruption: float = CORRUPTION
+    num_images: int = 16384
+    seed: int = 0
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions that training hears, in the order of the rows that `run` gives: every training scene, then none."""
+        return [*(scene.caption for scene in all_scenes("train")), ""]
+
+    def run(
+        self,
+        denoiser: torch.nn.Module,
+        vae: AutoencoderKL,
+        loss_of: Callable[[int, Tensor, Tensor, torch.Generator], Tensor],
+    ) -> None:
+        """Train a denoiser and leave the moving average of its weights in it, frozen.
+
+        Args:
+            denoiser (nn.Module): what is trained.
+            vae (AutoencoderKL): encodes the renders.
+            loss_of (Callable): gives the loss of a batch, called with the number of the step, clean latents, the rows
+                of their captions and the generator for its own draws.
+        """
+        denoiser.train()
+        scenes = sample_scenes(self.num_images, "train", seed=self.seed)
+        indices = torch.tensor([scene.indices for scene in scenes])
+        captions = Captions({scene.indices: row for row, scene in enumerate(all_scenes("train"))})
+        for number, cycle in enumerate(self.cycles):
+            draws = torch.Generator().manual_seed(fold_seed(self.seed, number))
+            latents = encode_images(vae, render(scenes, draws, jitter=cycle.jitter))
+
+            def loss(step: int, latents: Tensor = latents, draws: torch.Generator = draws) -> Tensor:
+                rows = torch.randint(len(latents), (self.batch_size,), generator=draws)
+                heard = sample_captions(captions, indices[rows], self.corruption, draws)
+                return loss_of(step, latents[rows], heard, draws)
+
+            train_cycle(denoiser, loss, cycle.steps, self.learning_rate)
+        denoiser.eval().requires_grad_(False)
+
+
+def train_generator(vae: AutoencoderKL, **settings: Any) -> StableDiffusion3Pipeline:
     """Train the transformer by flow matching on renders of training scenes with corrupted captions.
 
     loss = mean |v(x_s, s, caption) - (noise - x0)|^2,  x_s = (1 - s) x0 + s noise
 
     Args:
         vae (AutoencoderKL): the trained autoencoder.
-        cycles (Sequence[Cycle]): runs of the learning rate schedule; each starts from the moving average of the
-            weights of the one before.
-        batch_size (int): latents per step.
-        learning_rate (float): peak of each cycle's schedule.
-        corruption (float): chance that an attribute of a caption is re-drawn.
-        num_images (int): size of the pool of renders that each cycle draws from.
-        seed (int): seeds the initial weights and every draw.
+        settings: fields of `GeneratorTraining`.
 
     Returns:
         StableDiffusion3Pipeline: the pipeline with the exponential moving average of the weights.
     """
-    pipeline = new_pipeline(vae, seed)
-    transformer = pipeline.transformer.train()
-    scenes = sample_scenes(num_images, "train", seed=seed)
-    indices = torch.tensor([scene.indices for scene in scenes])
-    captions = {scene.indices: row for row, scene in enumerate(all_scenes("train"))}
-    table = encode_prompts(pipeline, [*(scene.caption for scene in all_scenes("train")), ""])
-    text = TrainingCaptions(captions, table)
-    for number, cycle in enumerate(cycles):
-        draws = torch.Generator().manual_seed(fold_seed(seed, number))
-        latents = encode_images(vae, render(scenes, draws, jitter=cycle.jitter))
-        _train_cycle(transformer, latents, indices, text, cycle.steps, batch_size, learning_rate, corruption, draws)
-    transformer.eval().requires_grad_(False)
+    training = GeneratorTraining(**{"cycles": CYCLES, "learning_rate": 1.5e-3, **settings})
+    pipeline = new_pipeline(vae, training.seed)
+    table = encode_prompts(pipeline, training.captions)
+
+    def loss_of(step: int, clean: Tensor, captions: Tensor, draws: torch.Generator) -> Tensor:
+        text = pad_text(table[captions], _extra_tokens(step))
+        sigma = sample_sigmas(len(clean), draws)
+        noise = torch.randn(clean.shape, generator=draws)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
+        return F.mse_loss(predict_velocity(pipeline.transformer, noisy, sigma, text), noise - clean)
+
+    training.run(pipeline.transformer, vae, loss_of)
     return pipeline
 
 
-def _train_cycle(
-    transformer: SD3Transformer2DModel,
-    latents: Tensor,
-    indices: Tensor,
-    captions: TrainingCaptions,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    corruption: float,
-    generator: torch.Generator,
-) -> None:
-    """One run of the schedule; leaves the moving average in the transformer."""
+def train_cycle(denoiser: torch.nn.Module, loss_of: Callable[[int], Tensor], steps: int, learning_rate: float) -> None:
+    """One run of the learning rate schedule; leaves the moving average of the weights in the denoiser.
+
+    Args:
+        denoiser (nn.Module): what is trained.
+        loss_of (Callable): draws a batch and gives its loss; called with the number of the step.
+        steps (int): optimizer steps.
+        learning_rate (float): peak of the schedule.
+    """
     optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
+        denoiser.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    ema = EMAModel(transformer.parameters(), decay=0.998, foreach=True)
+    ema = EMAModel(denoiser.parameters(), decay=0.998, foreach=True)
     progress = tqdm(range(steps), desc="generator")
     average = 0.0
     for step in progress:
-        rows = torch.randint(len(latents), (batch_size,), generator=generator)
-        heard = corrupt_captions(indices[rows], corruption, generator)
-        text = pad_text(captions.embeddings(heard, generator), _extra_tokens(step))
-
-        clean, sigma = latents[rows], sample_sigmas(batch_size, generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
-        loss = F.mse_loss(predict_velocity(transformer, noisy, sigma, text), noise - clean)
+        loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        ema.step(transformer.parameters())
+        ema.step(denoiser.parameters())
         average = loss.item() if step == 0 else 0.99 * average + 0.01 * loss.item()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{average:.4f}")
-    ema.copy_to(transformer.parameters())
+    ema.copy_to(denoiser.parameters())
 
 
 @dataclass(frozen=True)
-class TrainingCaptions:
-    """Encoded captions of all training scenes.
+class Captions:
+    """Rows of a table of encoded captions: one for each training scene, then the empty caption.
 
     Args:
-        rows (dict): for the attribute indices of a scene, its row in `table`.
-        table (PromptEmbeddings): one row per training scene, then the empty caption.
+        rows (dict): for the attribute indices of a scene, its row.
     """
 
     rows: dict[tuple[int, ...], int]
-    table: PromptEmbeddings
 
-    def embeddings(self, scenes: Tensor, generator: torch.Generator) -> PromptEmbeddings:
-        """Captions of scenes given as attribute indices (batch_size, 4); some are dropped."""
-        rows = torch.tensor([self.rows[tuple(row)] for row in scenes.tolist()])
-        rows[torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT] = len(self.rows)
-        return self.table[rows]
+
+def sample_captions(captions: Captions, scenes: Tensor, corruption: float, generator: torch.Generator) -> Tensor:
+    """Rows of the captions that training pairs with images of `scenes`: some corrupted, some empty.
+
+    Args:
+        captions (Captions): the table's rows.
+        scenes (Tensor): attribute indices, shape (batch_size, 4).
+        corruption (float): chance that an attribute is re-drawn.
+        generator (torch.Generator): makes the draws.
+
+    Returns:
+        Tensor: rows, shape (batch_size,).
+    """
+    heard = corrupt_captions(scenes, corruption, generator)
+    rows = torch.tensor([captions.rows[tuple(row)] for row in heard.tolist()])
+    rows[torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT] = len(captions.rows)
+    return rows
 
 
 def _extra_tokens(step: int) -> int:

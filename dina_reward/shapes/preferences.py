@@ -10,19 +10,18 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .autoencoder import decode_latents, encode_images
 from .degradations import degrade
-from .generator import sample_latents
 from .oracle import FIT_WEIGHT, Oracle
 from .prompts import ATTRIBUTES, Scene, all_scenes, sample_prompts, sample_scenes
 from .renderer import render
+from .worlds import world_of
 
 
 LABEL_NOISE = 0.1
@@ -31,17 +30,15 @@ LABEL_NOISE = 0.1
 NEGLIGIBLE_GAP = 0.1
 """Pairs whose qualities differ by less (half an attribute) are left out of accuracies."""
 
-SOURCES = ("render", "degraded", "perturbed", "ode", "cps")
+SOURCES = ("render", "degraded", "perturbed", "ode", "sde")
 """Where latents come from: encoded renders, encoded degraded renders, either of these or samples with noise added to
 the latent, and samples of the generator drawn without and with fresh noise in each step."""
 
-SOURCE_WEIGHTS = {"render": 0.15, "degraded": 0.15, "perturbed": 0.15, "ode": 0.2, "cps": 0.35}
+SOURCE_WEIGHTS = {"render": 0.15, "degraded": 0.15, "perturbed": 0.15, "ode": 0.2, "sde": 0.35}
 """Share of each source in the pairs."""
 
 MATCH_WEIGHTS = {4: 0.3, 3: 0.3, 2: 0.22, 1: 0.13, 0: 0.05}
 """Share of latents that have so many of the caption's four attributes."""
-
-CPS_ETA = 0.8
 
 
 class PreferenceRecord(TypedDict):
@@ -49,7 +46,7 @@ class PreferenceRecord(TypedDict):
 
     `chosen` and `rejected` are scaled latents of shape (8, 8, 8); `p_chosen` is the probability with which the
     labeller prefers `chosen`, below one half where the label is an error; `gap` is the quality of `chosen` minus that
-    of `rejected`; `kind` names the sources of the two, for example "cps-render".
+    of `rejected`; `kind` names the sources of the two, for example "sde-render".
     """
 
     prompt: str
@@ -134,24 +131,24 @@ def preference_probability(gap: Tensor) -> Tensor:
     return torch.special.ndtr(gap / LABEL_NOISE)
 
 
-def build_pool(pipeline: StableDiffusion3Pipeline, split: str, count: int, seed: int) -> LatentPool:
+def build_pool(pipeline: Any, split: str, count: int, seed: int) -> LatentPool:
     """Make latents of every source in equal numbers and read them.
 
     Args:
-        pipeline (StableDiffusion3Pipeline): gives the autoencoder and the samples.
+        pipeline (StableDiffusion3Pipeline or StableDiffusionPipeline): gives the autoencoder and the samples.
         split (str): "train" or "held_out", which scenes are rendered and which prompts are sampled.
         count (int): latents of each source.
         seed (int): seeds every draw.
     """
-    generator = torch.Generator().manual_seed(seed)
+    world, generator = world_of(pipeline), torch.Generator().manual_seed(seed)
     images = render(sample_scenes(2 * count, split, seed=seed), generator)
     spoiled = degrade(images[count:], torch.rand(count, generator=generator), generator)
     prompts = sample_prompts(2 * count, split, seed=seed)
     latents = {
         "render": encode_images(pipeline.vae, images[:count]),
         "degraded": encode_images(pipeline.vae, spoiled),
-        "ode": sample_latents(pipeline, prompts[:count], generator),
-        "cps": sample_latents(pipeline, prompts[count:], generator, eta=CPS_ETA),
+        "ode": world.sample(pipeline, prompts[:count], generator),
+        "sde": world.sample(pipeline, prompts[count:], generator, eta=world.eta),
     }
     rows = torch.randperm(4 * count, generator=generator)[:count]
     latents["perturbed"] = _perturb(torch.cat(list(latents.values()))[rows], generator)

@@ -7,31 +7,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-
-from diffusers import StableDiffusion3Pipeline
+from typing import Any
 
 from dina_reward.evaluation import EvaluationReport, PairProtocol, evaluate_preferences, plot_evaluation
 from dina_reward.head import RewardHeadConfig
-from dina_reward.modeling import LatentRewardConfig, default_lora_config
+from dina_reward.modeling import default_lora_config
 from dina_reward.reward import LatentReward
 from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs, build_pool, sample_pairs
 from dina_reward.shapes.shipped import load_pipeline, load_reward
 from dina_reward.shapes.text import MAX_PROMPT_TOKENS
+from dina_reward.shapes.worlds import WORLDS, world_of
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 
 
 PROTOCOL = PairProtocol(noise_levels=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), ensemble_levels=(0.2, 0.4, 0.6))
 
 
-def new_reward(pipeline: StableDiffusion3Pipeline, seed: int = 0) -> LatentReward:
-    """An untrained reward on the first four of the generator's five blocks."""
-    config = LatentRewardConfig(
-        family="sd3",
-        num_layers=4,
-        visual_taps=(2, 3, 4),
-        backbone_model_id="../sd3",
-        head=RewardHeadConfig(num_attention_heads=4),
-        max_sequence_length=MAX_PROMPT_TOKENS,
+def new_reward(pipeline: Any, seed: int = 0) -> LatentReward:
+    """An untrained reward: on the first four of the flow generator's five blocks, on the UNet's down and mid blocks."""
+    config = world_of(pipeline).reward_config(
+        head=RewardHeadConfig(num_attention_heads=4), max_sequence_length=MAX_PROMPT_TOKENS
     )
     return LatentReward.from_config(
         config, pipeline=pipeline, lora_config=default_lora_config(config, rank=32), seed=seed
@@ -39,7 +34,7 @@ def new_reward(pipeline: StableDiffusion3Pipeline, seed: int = 0) -> LatentRewar
 
 
 def train_reward(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     pairs: PreferencePairs,
     output: str | Path,
     *,
@@ -93,15 +88,16 @@ def evaluate_reward(reward: LatentReward, pairs: PreferencePairs) -> EvaluationR
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate the shipped reward on fresh pairs of held-out prompts.")
+    parser.add_argument("--world", choices=[world.name for world in WORLDS], default="flow", help="which generator")
     parser.add_argument("--pool", type=int, default=256, help="latents of each source")
     parser.add_argument("--pairs", type=int, default=4000, help="pairs to draw; those of negligible gap are left out")
     parser.add_argument("--seed", type=int, default=1234, help="seeds latents and pairs")
     parser.add_argument("--picture", type=Path, help="where to draw accuracy by noise level and calibration")
     arguments = parser.parse_args()
-    pipeline = load_pipeline()
+    pipeline = load_pipeline(arguments.world)
     pool = build_pool(pipeline, "held_out", arguments.pool, arguments.seed)
     pairs = sample_pairs(pool, "held_out", arguments.pairs, arguments.seed)
-    report = evaluate_reward(load_reward(pipeline=pipeline), pairs)
+    report = evaluate_reward(load_reward(arguments.world, pipeline=pipeline), pairs)
     print(report.table(), "calibration at level 0.4", report.calibration_table("0.4"), sep="\n\n")
     if arguments.picture is not None:
         plot_evaluation(report, arguments.picture)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
-
     from dina_reward import LatentReward
 
 
+WEIGHTS = {"flow": "sd3", "ddpm": "sd1"}
+"""Directory of each world's pipeline; its reward is in the directory of that name with "-reward" added."""
+
+
 def weights_dir(name: str) -> Path:
-    """The directory of shipped weights called "sd3" (the pipeline) or "sd3-reward" (its reward)."""
+    """The directory of shipped weights: "sd3" or "sd1" (the pipelines), "sd3-reward" or "sd1-reward" (their rewards)."""
     root = Path(__file__).parent / "weights"
     directory = root / name
     if not directory.is_dir():
@@ -22,15 +24,33 @@ def weights_dir(name: str) -> Path:
     return directory
 
 
-def load_pipeline(**kwargs: Any) -> StableDiffusion3Pipeline:
-    """The shipped generator; `kwargs` go to `StableDiffusion3Pipeline.from_pretrained`."""
-    from diffusers import StableDiffusion3Pipeline
+def load_pipeline(world: str = "flow", **kwargs: Any) -> Any:
+    """A shipped generator.
 
-    return StableDiffusion3Pipeline.from_pretrained(weights_dir("sd3"), **kwargs)
+    Args:
+        world (str): "flow" for the `StableDiffusion3Pipeline`, "ddpm" for the `StableDiffusionPipeline`.
+        kwargs: for `from_pretrained`.
+    """
+    import torch
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+    directory = weights_dir(_weights(world))
+    if world == "ddpm":
+        pipeline = StableDiffusionPipeline.from_pretrained(directory, **{"safety_checker": None, **kwargs})
+        # Convolutions of this size run half as fast again on a CPU in this layout.
+        pipeline.unet.to(memory_format=torch.channels_last)
+        return pipeline
+    return StableDiffusion3Pipeline.from_pretrained(directory, **kwargs)
 
 
-def load_reward(**kwargs: Any) -> LatentReward:
-    """The shipped reward; `kwargs`, for example `pipeline=`, go to `LatentReward.from_pretrained`."""
+def load_reward(world: str = "flow", **kwargs: Any) -> LatentReward:
+    """The shipped reward of a world; `kwargs`, for example `pipeline=`, go to `LatentReward.from_pretrained`."""
     from dina_reward import LatentReward
 
-    return LatentReward.from_pretrained(weights_dir("sd3-reward"), **kwargs)
+    return LatentReward.from_pretrained(weights_dir(f"{_weights(world)}-reward"), **kwargs)
+
+
+def _weights(world: str) -> str:
+    if world not in WEIGHTS:
+        raise ValueError(f"No world called {world!r}; there are: {', '.join(WEIGHTS)}.")
+    return WEIGHTS[world]

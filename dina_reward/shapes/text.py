@@ -8,6 +8,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     T5Config,
@@ -58,7 +59,9 @@ def new_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def new_text_encoder(tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPTextModelWithProjection:
+def new_text_encoder(
+    tokenizer: PreTrainedTokenizerFast, seed: int, projection: bool = True
+) -> CLIPTextModelWithProjection | CLIPTextModel:
     """A frozen random text encoder whose outputs tell every word and its place apart.
 
     Word embeddings get unit variance and the linear layers unit gain, far more than the usual initialisation, so that
@@ -67,6 +70,7 @@ def new_text_encoder(tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPTextM
     Args:
         tokenizer (PreTrainedTokenizerFast): gives the vocabulary.
         seed (int): seeds the weights.
+        projection (bool): whether there is a projected pooled output, as Stable Diffusion 3 needs and 1.x does not.
     """
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -81,7 +85,7 @@ def new_text_encoder(tokenizer: PreTrainedTokenizerFast, seed: int) -> CLIPTextM
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    encoder = CLIPTextModelWithProjection(config)
+    encoder = CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():

@@ -28,6 +28,9 @@ class CheckpointedCallback(TrainerCallback, ABC):
     (`transformers.trainer_callback.ExportableState` does the same for values that fit into JSON.)
     """
 
+    gathers: bool = False
+    """Whether `save_state` is called on every rank, because it gathers sharded tensors; it then writes on some only."""
+
     @abstractmethod
     def save_state(self, directory: str) -> None:
         """Writes the callback's files into a checkpoint directory; called on the ranks that save."""
@@ -129,8 +132,8 @@ class AtomicCheckpointMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            for callback in self._checkpointed_callbacks():
+        for callback in self._checkpointed_callbacks():
+            if self.args.should_save or callback.gathers:
                 callback.save_state(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -11,10 +11,11 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dina_reward.training.checkpointing import CheckpointedCallback
+from dina_reward.training.sharding import assign, is_main_process, local, trainable_parameters, whole
 
 
 EMA_WEIGHTS_NAME = "ema.safetensors"
@@ -25,8 +26,9 @@ class EMACallback(CheckpointedCallback):
 
     The decay warms up as in `diffusers.training_utils.EMAModel`: update ``n`` uses ``min(decay, n / (9 + n))``, the first
     one copies the parameters. Only parameters that require gradients when training starts are averaged. With
-    `AtomicCheckpointMixin` the averages travel in every checkpoint (``ema.safetensors``) and resume bit for bit.
-    Parameters sharded by FSDP or ZeRO-3 are not supported.
+    `AtomicCheckpointMixin` the averages travel in every checkpoint (``ema.safetensors``) and resume bit for bit. They are
+    float32 whatever the parameters are. Under FSDP2 every rank averages its own slices, and whole tensors are saved;
+    parameters partitioned by DeepSpeed ZeRO-3 are refused.
 
     Example:
         >>> ema = EMACallback(model, decay=0.999)
@@ -40,6 +42,8 @@ class EMACallback(CheckpointedCallback):
         update_every (`int`): optimizer steps between two updates.
     """
 
+    gathers = True
+
     def __init__(self, model: nn.Module, decay: float = 0.999, update_every: int = 1) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"EMA decay must lie strictly between 0 and 1, got {decay}")
@@ -51,6 +55,7 @@ class EMACallback(CheckpointedCallback):
         self._ema: EMAModel | None = None
         self._restored = False
         self._swapped = False
+        self._saves: bool | None = None
 
     @property
     def num_updates(self) -> int:
@@ -58,14 +63,20 @@ class EMACallback(CheckpointedCallback):
         return 0 if self._ema is None else int(self._ema.optimization_step)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trainable_parameters(self.model)
+
+    def _new_average(self) -> EMAModel:
+        ema = EMAModel(self._parameters().values(), decay=self.decay)
+        ema.to(dtype=torch.float32)
+        return ema
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts from the current parameters, unless the averages have just been read from a checkpoint."""
+        self._saves = args.should_save
         if not self._restored:
-            self._ema = EMAModel(self._parameters().values(), decay=self.decay)
+            self._ema = self._new_average()
         self._restored = False
 
     def on_step_end(
@@ -91,26 +102,35 @@ class EMACallback(CheckpointedCallback):
             yield
             return
         assert self._ema is not None
-        parameters = list(self._parameters().values())
-        self._ema.store(parameters)
-        self._ema.copy_to(parameters)
+        trained = [local(parameter).to("cpu", copy=True) for parameter in self._parameters().values()]
+        self._put([local(average) for average in self._ema.shadow_params])
         self._swapped = True
         try:
             yield
         finally:
-            self._ema.restore(parameters)
+            self._put(trained)
             self._swapped = False
 
+    def _put(self, tensors: list[Tensor]) -> None:
+        for parameter, tensor in zip(self._parameters().values(), tensors, strict=True):
+            local(parameter).data.copy_(tensor)
+
     def save_state(self, directory: str) -> None:
-        """Writes the averages, by parameter name, and the number of updates to ``ema.safetensors``."""
+        """Writes the averages, by parameter name, and the number of updates to ``ema.safetensors``.
+
+        Sharded averages are gathered, so under FSDP2 every rank has to call this; those that save write.
+        """
         if self._ema is None:
             return
-        tensors = dict(zip(self._parameters(), self._ema.shadow_params, strict=True))
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-            os.path.join(directory, EMA_WEIGHTS_NAME),
-            metadata={"format": "pt", "num_updates": str(self.num_updates)},
-        )
+        saves = is_main_process() if self._saves is None else self._saves
+        tensors = {}
+        for name, average in zip(self._parameters(), self._ema.shadow_params, strict=True):
+            gathered = whole(average)
+            if saves:
+                tensors[name] = gathered.contiguous().cpu()
+        if saves:
+            metadata = {"format": "pt", "num_updates": str(self.num_updates)}
+            save_file(tensors, os.path.join(directory, EMA_WEIGHTS_NAME), metadata=metadata)
 
     def load_state(self, directory: str) -> None:
         """Reads ``ema.safetensors``.
@@ -129,14 +149,14 @@ class EMACallback(CheckpointedCallback):
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         parameters = self._parameters()
         _check_same_tensors(stored, parameters, path)
-        ema = EMAModel(parameters.values(), decay=self.decay)
-        for shadow, name in zip(ema.shadow_params, parameters, strict=True):
-            shadow.copy_(stored[name])
+        ema = self._new_average()
+        for average, name in zip(ema.shadow_params, parameters, strict=True):
+            assign(average, stored[name])
         ema.optimization_step = num_updates
         self._ema, self._restored = ema, True
 
 
-def _check_same_tensors(stored: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter], path: str) -> None:
+def _check_same_tensors(stored: dict[str, Tensor], parameters: dict[str, nn.Parameter], path: str) -> None:
     missing, unexpected = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
     reshaped = [name for name, p in parameters.items() if name in stored and stored[name].shape != p.shape]
     for fault, names in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", reshaped)):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import TrlParser
 
 from dina_reward import LatentReward, LatentRewardConfig
+from dina_reward.arguments import ConfigParser
 from dina_reward.data import load_preferences
 from dina_reward.evaluation import evaluate_preferences, plot_evaluation
 from dina_reward.families import family_of
@@ -125,6 +125,6 @@ def train_reward(arguments: TrainRewardArguments, training_args: LatentRewardTra
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Parses a command line with `trl.TrlParser` (``--config file.yaml`` and any field), and trains."""
-    parser = TrlParser((TrainRewardArguments, LatentRewardTrainingConfig))  # type: ignore[arg-type]
+    """Parses a command line with `ConfigParser` (``--config file.yaml`` and any field), and trains."""
+    parser = ConfigParser((TrainRewardArguments, LatentRewardTrainingConfig))
     train_reward(*parser.parse_args_and_config(None if args is None else list(args)))

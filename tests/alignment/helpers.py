@@ -8,12 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_reward.alignment import DiffusionGRPOConfig, DiffusionGRPOTrainer
-from tests.tiny_models import tiny_sd3_pipeline
+from dina_reward.alignment import (
+    AlignmentTrainer,
+    DDPOConfig,
+    DDPOTrainer,
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    RewardBackpropConfig,
+    RewardBackpropTrainer,
+)
+from tests.tiny_models import tiny_sd3_pipeline, tiny_sd_pipeline
 
 
 PIXELS = 32
 LATENT_SHAPE = (16, 4, 4)
+UNET: dict[str, Any] = {"sde_type": "ddim", "eta": 1.0, "max_sequence_length": None, "height": 64, "width": 64}
+ALGORITHMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "grpo": (DiffusionGRPOTrainer, DiffusionGRPOConfig, {"beta": 0.1}),
+    "ddpo": (
+        DDPOTrainer,
+        DDPOConfig,
+        {**UNET, "num_generations": 1, "per_prompt_stat_tracking_min_count": 2, "guidance_scale": 1.0},
+    ),
+    "nft": (DiffusionNFTTrainer, DiffusionNFTConfig, {}),
+    "online_dpo": (OnlineDPOTrainer, OnlineDPOConfig, {"num_generations": 3}),
+    "backprop": (RewardBackpropTrainer, RewardBackpropConfig, {"num_generations": 1, "steps_per_generation": 1}),
+}
+"""Trainer, configuration and settings of every algorithm."""
+
 PROMPTS = ["a cat", "a dog", "red", "blue", "one", "two"]
 
 
@@ -29,7 +55,7 @@ def closeness(latents: Tensor) -> Tensor:
     return -((latents.float() - 0.5) ** 2).flatten(1).mean(1)
 
 
-def tiny_config(output_dir: Path | str, **overrides: Any) -> DiffusionGRPOConfig:
+def tiny_config(output_dir: Path | str, cls: type = DiffusionGRPOConfig, **overrides: Any) -> Any:
     """Two optimizer steps per generation of 3 groups of 4, five sampling steps, a window of 2."""
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -56,7 +82,7 @@ def tiny_config(output_dir: Path | str, **overrides: Any) -> DiffusionGRPOConfig
         "report_to": "none",
         "seed": 7,
     }
-    return DiffusionGRPOConfig(**{**settings, **overrides})
+    return cls(**{**settings, **overrides})
 
 
 def tiny_trainer(
@@ -65,7 +91,7 @@ def tiny_trainer(
     reward_funcs: Any = closeness,
     dtype: torch.dtype = torch.float32,
     eval_dataset: Any = None,
-    evaluators: Any = (),
+    eval_reward_funcs: Any = (),
     **overrides: Any,
 ) -> DiffusionGRPOTrainer:
     """A trainer around a fresh pipeline."""
@@ -75,7 +101,7 @@ def tiny_trainer(
         tiny_config(output_dir, **overrides),
         PROMPTS,
         eval_dataset=eval_dataset,
-        evaluators=evaluators,
+        eval_reward_funcs=eval_reward_funcs,
     )
 
 
@@ -91,3 +117,16 @@ def lora_tensors(trainer: DiffusionGRPOTrainer) -> dict[str, Tensor]:
 def logged(trainer: DiffusionGRPOTrainer, name: str) -> list[float]:
     """Every logged value of a metric, in order."""
     return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def algorithm_trainer(name: str, output_dir: Path | str, **overrides: Any) -> AlignmentTrainer:
+    """The tiny trainer of an algorithm; settings of `tiny_config` that its configuration does not have are left out."""
+    trainer_class, config_class, settings = ALGORITHMS[name]
+    known = config_class.__dataclass_fields__
+    config = tiny_config(
+        output_dir,
+        cls=lambda **values: config_class(**{key: value for key, value in values.items() if key in known}),
+        **{**settings, **overrides},
+    )
+    pipeline = tiny_sd_pipeline() if name == "ddpo" else tiny_pipeline()
+    return trainer_class(pipeline, closeness, config, PROMPTS)

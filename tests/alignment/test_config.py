@@ -5,7 +5,7 @@ import logging
 import pytest
 from trl import TrlParser
 
-from dina_reward.alignment import DiffusionGRPOConfig
+from dina_reward.alignment import DDPOConfig, DiffusionGRPOConfig
 from tests.alignment.helpers import tiny_config
 
 
@@ -22,11 +22,19 @@ def test_derived_defaults(tmp_path):
     ("overrides", "message"),
     [
         ({"num_generations": 1}, "num_generations must be an integer of at least 2, got 1"),
-        ({"num_generations": 4.0}, "num_generations must be an integer of at least 2, got 4.0"),
+        ({"num_generations": 4.0}, "num_generations must be an integer of at least 1, got 4.0"),
         ({"num_iterations": True}, "num_iterations must be an integer"),
         ({"eta": 0.0}, "eta is 0.0: a deterministic step has no log-probability"),
         ({"eta": "high"}, "eta must be a number"),
-        ({"sde_type": "ddim"}, "unknown sde_type 'ddim'"),
+        ({"sde_type": "euler"}, "unknown sde_type 'euler'"),
+        ({"sde_type": "ddim", "eta": 1.2}, "ddim takes 0 < eta <= 1"),
+        ({"loss_type": "grpo_guard"}, "defined for sde_type flow_sde and dance_sde only, got 'cps'"),
+        ({"sde_window_schedule": "late"}, "unknown sde_window_schedule 'late'"),
+        ({"credit": "dense"}, "unknown credit 'dense'; choose one of terminal, gain"),
+        ({"credit_discount": 1.5}, "credit_discount must be a number in"),
+        ({"train_timestep_fraction": 0}, "train_timestep_fraction must be above 0"),
+        ({"train_full_model": True, "load_in_4bit": True}, "exclude each other"),
+        ({"num_generations": 5}, "Set steps_per_generation to 5 .* or num_generations to 4 or 6"),
         ({"kl_kind": "kl"}, "unknown kl_kind 'kl'; choose one of step, velocity, flow_grpo"),
         ({"loss_type": "dpo"}, "unknown loss_type 'dpo'"),
         ({"scale_rewards": "std"}, "unknown scale_rewards 'std'"),
@@ -90,3 +98,29 @@ def test_every_field_of_its_own_has_help():
     own = set(DiffusionGRPOConfig.__annotations__)
     helped = {action.dest for action in parser._actions if action.help}
     assert own <= helped
+
+
+def test_ddim_trains_all_steps_but_the_last():
+    config = DiffusionGRPOConfig(
+        "x", use_cpu=True, sde_type="ddim", eta=1.0, num_inference_steps=8, sde_window_size=None
+    )
+    assert config.sde_window_range == [0, 7]
+    assert config.sde_window_size == 7
+
+
+def test_ddpo_defaults_and_refusals(tmp_path):
+    config = DDPOConfig(str(tmp_path), use_cpu=True)
+    assert (config.num_generations, config.sde_type, config.eta, config.guidance_scale) == (1, "ddim", 1.0, 5.0)
+    assert config.sde_window_size == 49
+    with pytest.raises(ValueError, match="exceeds the buffer of 8 rewards"):
+        DDPOConfig(str(tmp_path), use_cpu=True, per_prompt_stat_tracking_buffer_size=8)
+
+
+def test_geometry_of_a_launch_with_more_processes(tmp_path):
+    config = tiny_config(tmp_path)
+    assert config.geometry(2).rows == 24
+    assert config.geometry().rows == 12
+    with pytest.raises(
+        ValueError, match="12 rows .* x 1 processes .* num_generations 24.* Set steps_per_generation to 4"
+    ):
+        tiny_config(tmp_path, num_generations=24)

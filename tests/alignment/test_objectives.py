@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from dina_reward.alignment.objectives import ObjectiveSettings, get_objective, step_kl
+from dina_reward.alignment.objectives import ObjectiveSettings, check_objective_fits, get_objective, step_kl
 from dina_reward.alignment.steps import transition
 
 
@@ -59,7 +59,9 @@ def test_policy_gradient_objective():
 def test_missing_tensors_and_unknown_names_are_named():
     with pytest.raises(ValueError, match="missing: old_log_prob, advantages"):
         get_objective("ppo_clip")({"log_prob": torch.zeros(2)}, SETTINGS)
-    with pytest.raises(ValueError, match="unknown loss_type 'dpo'; choose one of policy_gradient, ppo_clip"):
+    with pytest.raises(
+        ValueError, match="unknown loss_type 'dpo'; choose one of grpo_guard, policy_gradient, ppo_clip"
+    ):
         get_objective("dpo")
 
 
@@ -111,3 +113,59 @@ def test_unknown_kl_kind():
             std=torch.ones(()),
             diffusion=torch.ones(()),
         )
+
+
+def guard(log_ratio, shift, std=0.5, delta=0.1, advantages=(1.0,), settings=SETTINGS):
+    log_prob = torch.tensor(log_ratio, requires_grad=True)
+    tensors = {
+        "log_prob": log_prob,
+        "old_log_prob": torch.zeros_like(log_prob).detach(),
+        "advantages": torch.tensor(advantages),
+        "mean_shift": torch.tensor(shift),
+        "std": torch.tensor(std),
+        "delta": torch.tensor(delta),
+    }
+    output = get_objective("grpo_guard")(tensors, settings)
+    output.loss.backward()
+    return output, log_prob.grad
+
+
+def test_guard_by_hand():
+    output, gradient = guard([0.1], [0.02])
+    ratio = torch.exp(torch.tensor((0.1 + 0.02 / (2 * 0.25)) * 0.5))
+    torch.testing.assert_close(output.metrics["ratio/mean"], ratio)
+    torch.testing.assert_close(output.loss.detach(), -ratio / 0.1)
+    torch.testing.assert_close(gradient, -ratio[None] * 0.5 / 0.1)
+
+
+def test_guard_centres_the_ratio_of_a_gaussian_step():
+    # Under the sampling policy the plain log-ratio has mean -b, so most ratios fall below 1; Guard's do not.
+    torch.manual_seed(0)
+    std, shift = 0.3, 0.03
+    noise = torch.randn(200000)
+    log_ratio = -((std * noise - shift) ** 2 - (std * noise) ** 2) / (2 * std**2)
+    assert float(log_ratio.mean()) == pytest.approx(-(shift**2) / (2 * std**2), abs=1e-3)
+    output, _ = guard(log_ratio.tolist(), [shift**2] * 200000, std, 1.0, [0.0] * 200000)
+    assert float(output.metrics["ratio/mean"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_guard_fits_gaussian_flow_steps_only():
+    check_objective_fits("grpo_guard", "flow_sde")
+    check_objective_fits("ppo_clip", "ddim")
+    with pytest.raises(ValueError, match="defined for sde_type flow_sde and dance_sde only, got 'ddim'"):
+        check_objective_fits("grpo_guard", "ddim")
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "policy_gradient", "grpo_guard"])
+def test_rows_of_weight_zero_do_not_count(name):
+    tensors = {
+        "log_prob": torch.tensor([0.01, 7.0, -0.02]),
+        "old_log_prob": torch.zeros(3),
+        "advantages": torch.tensor([1.0, 5.0, -1.0]),
+        "mean_shift": torch.tensor([0.01, 9.0, 0.01]),
+        "std": torch.tensor(0.5),
+        "delta": torch.tensor(0.1),
+    }
+    weighted = get_objective(name)({**tensors, "weights": torch.tensor([1.5, 0.0, 1.5])}, SETTINGS).loss
+    kept = {key: value[[0, 2]] if value.ndim else value for key, value in tensors.items()}
+    torch.testing.assert_close(weighted, get_objective(name)(kept, SETTINGS).loss)

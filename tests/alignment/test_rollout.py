@@ -2,38 +2,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dina_reward.alignment.rollout import Schedule, check_sde_window, draw_sde_window, sample
+from dina_reward.alignment.rollout import check_sde_window, sample, sde_window, trained_steps
+from dina_reward.alignment.samplers import Sampler, build_sampler
 from dina_reward.alignment.seeding import noise_by_row
 from tests.alignment.helpers import LATENT_SHAPE, PIXELS, tiny_pipeline
 
 
 @pytest.fixture
-def schedule() -> Schedule:
-    return Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), 6)
+def sampler() -> Sampler:
+    return build_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 6, sde_type="cps", eta=0.8)
 
 
 def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
     return torch.sin(latents.float() + timestep[:, None, None, None] / 1000)
-
-
-def test_schedule_is_copied_from_a_fresh_scheduler():
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(3)
-    before = scheduler.sigmas.clone()
-    schedule = Schedule.from_scheduler(scheduler, 4)
-    torch.testing.assert_close(schedule.sigmas, torch.tensor([1, 0.8577, 0.6022, 0.0089, 0]), atol=1e-4, rtol=0)
-    assert torch.equal(scheduler.sigmas, before)
-    assert len(schedule) == 4
-
-
-def test_schedule_refuses_other_schedulers():
-    with pytest.raises(ValueError, match="DDIMScheduler is not a flow-matching scheduler"):
-        Schedule.from_scheduler(DDIMScheduler(), 4)
-    with pytest.raises(ValueError, match="use_dynamic_shifting"):
-        Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), 4)
 
 
 def test_without_a_window_it_is_the_pipeline_s_own_sampler():
@@ -57,80 +41,123 @@ def test_without_a_window_it_is_the_pipeline_s_own_sampler():
     def policy(latents: Tensor, timestep: Tensor) -> Tensor:
         return pipeline.transformer(latents, embeds, pooled, timestep, return_dict=False)[0]
 
-    rollout = sample(policy, latents, Schedule.from_scheduler(pipeline.scheduler, 4))
+    rollout = sample(policy, latents, build_sampler(pipeline.scheduler, 4))
     torch.testing.assert_close(rollout.latents, expected)
-    assert rollout.log_probs.shape == (2, 0)
+    assert rollout.trained == rollout.stochastic == ()
 
 
-def test_only_steps_of_the_window_are_stochastic_and_recorded(schedule):
+def test_only_chosen_steps_are_stochastic_and_recorded(sampler):
     initial = noise_by_row([1, 2, 3], LATENT_SHAPE)
     noise = noise_by_row([4, 5, 6], (2, *LATENT_SHAPE))
-    rollout = sample(velocity, initial, schedule, window=range(1, 3), step_noise=noise)
-    assert rollout.trajectory.shape == (3, 3, *LATENT_SHAPE)
-    assert rollout.log_probs.shape == (3, 2)
-    ode = sample(velocity, initial, schedule)
-    quiet = sample(velocity, initial, schedule, window=range(1, 3), step_noise=torch.zeros_like(noise))
+    rollout = sample(velocity, initial, sampler, stochastic=range(1, 3), step_noise=noise, keep_means=True)
+    assert sorted(rollout.states) == [1, 2, 3]
+    assert rollout.trained == rollout.stochastic == (1, 2)
+    assert all(values.shape == (3,) for values in rollout.log_probs.values())
+    ode = sample(velocity, initial, sampler)
+    quiet = sample(velocity, initial, sampler, stochastic=range(1, 3), step_noise=torch.zeros_like(noise))
     assert not torch.equal(rollout.latents, ode.latents)
-    assert torch.equal(rollout.trajectory[:, 0], quiet.trajectory[:, 0])
-    assert not torch.equal(rollout.trajectory[:, 1], quiet.trajectory[:, 1])
+    assert torch.equal(rollout.states[1], quiet.states[1])
+    assert torch.equal(quiet.states[2], rollout.means[1])
+    assert not torch.equal(rollout.states[2], quiet.states[2])
 
 
-def test_rows_do_not_depend_on_the_batch(schedule):
+def test_memory_holds_the_trained_steps_alone(sampler):
+    initial = noise_by_row([1, 2], LATENT_SHAPE)
+    noise = noise_by_row([4, 5], (5, *LATENT_SHAPE))
+    every = sample(velocity, initial, sampler, stochastic=range(5), step_noise=noise)
+    some = sample(velocity, initial, sampler, stochastic=range(5), trained=(0, 3), step_noise=noise, offload=True)
+    assert torch.equal(some.latents, every.latents)
+    assert sorted(some.states) == [0, 1, 3, 4]
+    assert some.trained == (0, 3)
+    assert some.means == {}
+    assert all(torch.equal(some.states[i], every.states[i]) for i in some.states)
+    assert all(state.device.type == "cpu" for state in some.states.values())
+    with pytest.raises(ValueError, match=r"trained steps \[4\] are not all among the stochastic ones \[0, 1\]"):
+        sample(velocity, initial, sampler, stochastic=range(2), trained=[4], step_noise=noise[:, :2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replay_gives_the_recorded_log_prob(sampler, dtype):
+    initial = noise_by_row([1, 2], LATENT_SHAPE).to(dtype)
+    rollout = sample(
+        velocity, initial, sampler, stochastic=range(3), step_noise=noise_by_row([3, 4], (3, *LATENT_SHAPE))
+    )
+    for index in rollout.trained:
+        prediction = velocity(rollout.states[index], sampler.timesteps[index].expand(2))
+        replayed = sampler.replay_step(
+            index, rollout.states[index], prediction, next_latents=rollout.states[index + 1]
+        )
+        assert torch.equal(replayed.log_prob, rollout.log_probs[index])
+
+
+def test_rows_do_not_depend_on_the_batch(sampler):
     seeds, noise_seeds = [11, 12, 13, 14], [21, 22, 23, 24]
 
     def run(rows: slice) -> Tensor:
         return sample(
             velocity,
             noise_by_row(seeds[rows], LATENT_SHAPE),
-            schedule,
-            window=range(0, 2),
+            sampler,
+            stochastic=range(0, 2),
             step_noise=noise_by_row(noise_seeds[rows], (2, *LATENT_SHAPE)),
         ).latents
 
     assert torch.equal(run(slice(0, 4)), torch.cat([run(slice(0, 1)), run(slice(1, 4))]))
 
 
-def test_last_step_is_never_in_the_window(schedule):
+def test_last_step_is_never_stochastic(sampler):
     initial = noise_by_row([1], LATENT_SHAPE)
-    with pytest.raises(ValueError, match="includes the last of 6 steps"):
-        sample(velocity, initial, schedule, window=range(4, 6), step_noise=noise_by_row([1], (2, *LATENT_SHAPE)))
+    with pytest.raises(ValueError, match="the last of 6 steps ends at the clean latent"):
+        sample(velocity, initial, sampler, stochastic=range(4, 6), step_noise=noise_by_row([1], (2, *LATENT_SHAPE)))
     with pytest.raises(ValueError, match="is never trained; the upper end may be at most 9"):
         check_sde_window(10, 3, (0, 10))
     with pytest.raises(ValueError, match="does not fit into sde_window_range"):
         check_sde_window(10, 4, (0, 3))
 
 
-def test_missing_step_noise_is_refused(schedule):
-    with pytest.raises(ValueError, match=r"a window of 2 steps needs \(1, 2, 16, 4, 4\)"):
-        sample(velocity, noise_by_row([1], LATENT_SHAPE), schedule, window=range(0, 2))
+def test_missing_step_noise_is_refused(sampler):
+    with pytest.raises(ValueError, match=r"2 stochastic steps need \(1, 2, 16, 4, 4\)"):
+        sample(velocity, noise_by_row([1], LATENT_SHAPE), sampler, stochastic=range(0, 2))
 
 
-def test_window_is_a_function_of_seed_and_generation():
-    windows = [draw_sde_window(3, generation, 3, (0, 5)) for generation in range(50)]
-    assert windows == [draw_sde_window(3, generation, 3, (0, 5)) for generation in range(50)]
+def test_random_window_is_a_function_of_seed_and_generation():
+    windows = [sde_window(3, generation, 3, (0, 5)) for generation in range(50)]
+    assert windows == [sde_window(3, generation, 3, (0, 5)) for generation in range(50)]
     assert {window.start for window in windows} == {0, 1, 2}
     assert all(len(window) == 3 and window.stop <= 5 for window in windows)
 
 
+def test_fixed_and_sliding_windows():
+    assert {sde_window(0, g, 2, (1, 6), "fixed") for g in range(9)} == {range(1, 3)}
+    starts = [sde_window(0, g, 2, (1, 6), "sliding", interval=2).start for g in range(10)]
+    assert starts == [1, 1, 2, 2, 3, 3, 4, 4, 1, 1]
+    assert [sde_window(0, g, 2, (0, 6), "sliding", stride=2).start for g in range(4)] == [0, 2, 4, 1]
+    with pytest.raises(ValueError, match="unknown sde_window_schedule 'late'"):
+        sde_window(0, 0, 2, (0, 6), "late")
+
+
+def test_subset_of_steps_is_shared_and_changes_with_the_generation():
+    subsets = [trained_steps(5, generation, range(2, 12), 0.6) for generation in range(20)]
+    assert subsets == [trained_steps(5, generation, range(2, 12), 0.6) for generation in range(20)]
+    assert all(len(subset) == 6 and list(subset) == sorted(set(subset)) for subset in subsets)
+    assert len(set(subsets)) > 10
+    assert trained_steps(5, 0, range(2, 5), 1.0) == (2, 3, 4)
+    assert len(trained_steps(5, 0, range(2, 5), 0.0)) == 1
+
+
 def test_cps_leaves_no_noise_and_a_late_flow_sde_does():
     # An exact velocity field: x_0 is always zero, so v = x / s and everything left at the end is noise.
-    schedule = Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0), 10)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     shape = (4, 32, 32)
 
     def exact(latents: Tensor, timestep: Tensor) -> Tensor:
         return latents / (timestep[:, None, None, None] / 1000)
 
     def residual(sde_type: str, eta: float, stop: int) -> float:
-        rollout = sample(
-            exact,
-            noise_by_row([1, 2], shape),
-            schedule,
-            window=range(stop),
-            step_noise=noise_by_row([3, 4], (stop, *shape)),
-            sde_type=sde_type,
-            eta=eta,
-        )
-        return float((rollout.trajectory[:, -1].std() / schedule.sigmas[stop]) - 1)
+        sampler = build_sampler(scheduler, 10, sde_type=sde_type, eta=eta)
+        noise = noise_by_row([3, 4], (stop, *shape))
+        rollout = sample(exact, noise_by_row([1, 2], shape), sampler, stochastic=range(stop), step_noise=noise)
+        return float((rollout.states[stop].std() / sampler.levels[stop]) - 1)
 
     assert abs(residual("cps", 0.8, 9)) < 0.02
     assert residual("flow_sde", 0.7, 8) > 0.15

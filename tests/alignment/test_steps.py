@@ -14,8 +14,6 @@ from dina_reward.alignment.steps import (
     euler_step,
     flow_sde_transition,
     log_prob,
-    replay_step,
-    take_step,
     transition,
 )
 
@@ -102,30 +100,22 @@ def test_cps_without_noise_is_the_ode(state):
 @pytest.mark.parametrize("sde_type", ["flow_sde", "dance_sde"])
 def test_log_prob_is_the_mean_gaussian_log_density(state, sde_type):
     latents, velocity, noise = state
-    out = take_step(sde_type, latents, velocity, *sigmas(), ETAS[sde_type], noise=noise)
-    density = Normal(out.transition.mean, out.transition.std).log_prob(out.next_latents)
-    torch.testing.assert_close(out.log_prob, density.flatten(1).mean(1))
-    assert out.log_prob.shape == (5,)
+    step = transition(sde_type, latents, velocity, *sigmas(), ETAS[sde_type])
+    taken = step.mean + step.std * noise
+    density = Normal(step.mean, step.std).log_prob(taken)
+    actual = log_prob(sde_type, step, taken)
+    torch.testing.assert_close(actual, density.flatten(1).mean(1))
+    assert actual.shape == (5,)
+    torch.testing.assert_close(step.std, step.diffusion * step.delta.sqrt())
+    torch.testing.assert_close(step.delta, torch.tensor(0.2))
 
 
 def test_cps_log_prob_has_no_constants(state):
     latents, velocity, noise = state
-    out = take_step("cps", latents, velocity, *sigmas(), 0.8, noise=noise)
-    expected = -((out.next_latents - out.transition.mean) ** 2).flatten(1).mean(1)
-    torch.testing.assert_close(out.log_prob, expected)
-
-
-@pytest.mark.parametrize("sde_type", list(ETAS))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replay_of_stored_latents_gives_the_recorded_log_prob(state, sde_type, dtype):
-    latents, velocity, noise = state
-    latents = latents.to(dtype)
-    taken = take_step(sde_type, latents, velocity, *sigmas(), ETAS[sde_type], noise=noise, dtype=dtype)
-    assert taken.next_latents.dtype == dtype
-    replayed = replay_step(sde_type, latents, velocity, *sigmas(), ETAS[sde_type], next_latents=taken.next_latents)
-    assert torch.equal(replayed.log_prob, taken.log_prob)
-    exact = log_prob(sde_type, taken.transition, taken.transition.mean + taken.transition.std * noise)
-    assert torch.equal(exact, taken.log_prob) is (dtype == torch.float32)
+    step = transition("cps", latents, velocity, *sigmas(), 0.8)
+    taken = step.mean + step.std * noise
+    torch.testing.assert_close(log_prob("cps", step, taken), -((taken - step.mean) ** 2).flatten(1).mean(1))
+    assert float(step.delta) == 1
 
 
 @pytest.mark.parametrize("sde_type", list(ETAS))
@@ -140,16 +130,18 @@ def test_half_precision_inputs_are_computed_in_float32(state, sde_type):
 @pytest.mark.parametrize("sde_type", list(ETAS))
 @pytest.mark.parametrize("eta", [0.0, -0.1, math.nan, math.inf])
 def test_deterministic_steps_have_no_log_prob(state, sde_type, eta):
-    latents, velocity, noise = state
+    latents, velocity, _ = state
     with pytest.raises(ValueError, match="no log-probability"):
-        take_step(sde_type, latents, velocity, *sigmas(), eta, noise=noise)
+        transition(sde_type, latents, velocity, *sigmas(), eta)
 
 
 def test_bad_steps_are_refused(state):
-    latents, velocity, noise = state
-    with pytest.raises(ValueError, match="unknown sde_type 'ddim'"):
-        take_step("ddim", latents, velocity, *sigmas(), 0.5, noise=noise)
+    latents, velocity, _ = state
+    with pytest.raises(ValueError, match="unknown sde_type 'euler'"):
+        transition("euler", latents, velocity, *sigmas(), 0.5)
+    with pytest.raises(ValueError, match="'ddim' is not a step of a flow-matching sampler"):
+        transition("ddim", latents, velocity, *sigmas(), 0.5)
     with pytest.raises(ValueError, match="cps takes 0 < eta <= 1"):
-        take_step("cps", latents, velocity, *sigmas(), 1.1, noise=noise)
+        transition("cps", latents, velocity, *sigmas(), 1.1)
     with pytest.raises(ValueError, match="take the last step with `euler_step`"):
-        take_step("cps", latents, velocity, *sigmas((0.1, 0.0)), 0.5, noise=noise)
+        transition("cps", latents, velocity, *sigmas((0.1, 0.0)), 0.5)

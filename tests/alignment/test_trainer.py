@@ -7,10 +7,12 @@ import torch
 from transformers import TrainerCallback
 
 from dina_reward import LatentReward, LatentRewardConfig
-from dina_reward.alignment import DiffusionGRPOTrainer
+from dina_reward.alignment import DDPOConfig, DDPOTrainer, DiffusionGRPOTrainer
 from dina_reward.alignment.policy import LORA_WEIGHTS_NAME
+from dina_reward.alignment.rewards import RewardError
 from tests.alignment.helpers import (
     LATENT_SHAPE,
+    PIXELS,
     PROMPTS,
     closeness,
     logged,
@@ -19,6 +21,7 @@ from tests.alignment.helpers import (
     tiny_pipeline,
     tiny_trainer,
 )
+from tests.tiny_models import tiny_sd_pipeline
 
 
 def refuse_to_decode(*args, **kwargs):
@@ -35,6 +38,13 @@ def refuse_to_decode(*args, **kwargs):
         {"dtype": torch.bfloat16},
         {"gradient_checkpointing": True},
         {"same_latent_within_group": True},
+        {"bf16": True},
+        {"offload_trajectories": True},
+        {"train_timestep_fraction": 0.5},
+        {"sde_window_schedule": "sliding"},
+        {"loss_type": "grpo_guard", "sde_type": "flow_sde", "eta": 0.7},
+        {"train_full_model": True, "learning_rate": 1e-4},
+        {"load_in_4bit": True},
     ],
 )
 def test_ratio_is_exactly_one_on_policy(tmp_path, overrides):
@@ -57,7 +67,7 @@ def test_gradient_is_the_mean_over_rows_and_window(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     other = tiny_trainer(tmp_path, **settings)
-    experience, _ = other.experience_maker.make(0)
+    experience, _ = other.make_experience(0)
     losses = [other.step_loss(other.model, part, position).loss for part in experience for position in range(2)]
     parameters = [p for p in other.model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(torch.stack(losses).mean(), parameters)
@@ -112,12 +122,13 @@ def test_only_lora_changes(tmp_path):
 def test_samples_of_a_generation_differ_and_share_the_window(tmp_path):
     trainer = tiny_trainer(tmp_path)
     maker = trainer.experience_maker
-    experience, metrics = maker.make(0)
-    assert len({part.rollout.window for part in experience}) == 1
-    assert metrics["sde_window_start"] == experience[0].rollout.window.start
-    initial = torch.cat([maker._initial_latents(0, part.rows) for part in experience])
+    experience, metrics = trainer.make_experience(0)
+    assert len({part.rollout.stochastic for part in experience}) == 1
+    assert metrics["sde_window_start"] == experience[0].rollout.stochastic[0]
+    assert 0.5 < metrics["diversity"] < 1.5
+    initial = torch.cat([maker.initial_latents(0, part.rows) for part in experience])
     assert len({tuple(latent.flatten().tolist()) for latent in initial}) == 12
-    later = maker._initial_latents(1, range(12))
+    later = maker.initial_latents(1, range(12))
     assert not any(torch.equal(a, b) for a in initial for b in later)
     noise = torch.cat([maker._step_noise(0, part.rows, 2).flatten(0, 1) for part in experience])
     assert len({tuple(draw.flatten().tolist()) for draw in noise}) == 24
@@ -127,10 +138,10 @@ def test_samples_of_a_generation_differ_and_share_the_window(tmp_path):
 
 def test_same_latent_within_group(tmp_path):
     trainer = tiny_trainer(tmp_path, same_latent_within_group=True)
-    initial = trainer.experience_maker._initial_latents(0, range(12)).view(3, 4, *LATENT_SHAPE)
+    initial = trainer.experience_maker.initial_latents(0, range(12)).view(3, 4, *LATENT_SHAPE)
     assert all(torch.equal(member, group[0]) for group in initial for member in group)
     assert not torch.equal(initial[0, 0], initial[1, 0])
-    experience, _ = trainer.experience_maker.make(0)
+    experience, _ = trainer.make_experience(0)
     final = torch.cat([part.rollout.latents for part in experience])
     assert not torch.equal(final[0], final[1])
 
@@ -207,7 +218,7 @@ def test_bad_rewards_stop_the_run(tmp_path):
     def broken(latents):
         return latents.new_full((len(latents),), float("inf"))
 
-    with pytest.raises(ValueError, match="broken returned inf"):
+    with pytest.raises(RewardError, match="broken .*inf"):
         tiny_trainer(tmp_path, reward_funcs=broken).train()
 
 
@@ -271,3 +282,155 @@ def test_save_model_writes_beside_the_checkpoints(tmp_path):
     trainer.train()
     trainer.save_model()
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "ema", LORA_WEIGHTS_NAME}
+
+
+def test_filtered_groups_leave_the_others_their_weight(tmp_path):
+    def flat_in_two_groups(latents, prompts):
+        return [
+            float(value) if prompt == prompts[0] else 1.0 for value, prompt in zip(range(12), prompts, strict=True)
+        ]
+
+    settings = {"per_device_train_batch_size": 12, "steps_per_generation": 1, "beta": 0.1}
+    plain = tiny_trainer(tmp_path, reward_funcs=flat_in_two_groups, **settings).make_experience(0)
+    filtered = tiny_trainer(
+        tmp_path, reward_funcs=flat_in_two_groups, filter_zero_std_groups=True, **settings
+    ).make_experience(0)
+    assert plain[1]["frac_reward_zero_std"] == filtered[1]["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    assert plain[0][0].weights.tolist() == [1.0] * 12
+    assert filtered[0][0].weights.tolist() == [3.0] * 4 + [0.0] * 8
+
+
+def test_rewards_that_do_not_apply_add_nothing(tmp_path):
+    def sometimes(latents):
+        return [None if row % 2 else float(value) for row, value in enumerate(closeness(latents))]
+
+    trainer = tiny_trainer(tmp_path, reward_funcs=[sometimes], per_device_train_batch_size=12, steps_per_generation=1)
+    ((experience,), metrics) = trainer.make_experience(0)
+    assert experience.advantages[1::2].tolist() == [0.0] * 6
+    assert experience.weights.tolist() == [2.0, 0.0] * 6
+    assert all(experience.advantages[0::2] != 0)
+    assert metrics["rewards/sometimes/mean"] < 0
+
+
+def test_only_pixel_rewards_decode(tmp_path):
+    shapes = []
+
+    def brightness(images):
+        shapes.append(tuple(images.shape))
+        return images.mean(dim=(1, 2, 3))
+
+    trainer = tiny_trainer(tmp_path, reward_funcs=[closeness, brightness])
+    assert trainer.rewards.needs_images
+    trainer.train()
+    assert set(shapes) == {(6, 3, PIXELS, PIXELS)}
+    latent_only = tiny_trainer(tmp_path)
+    assert not latent_only.rewards.needs_images
+
+
+class NoisyReward:
+    """Scores clean latents and noisy states alike."""
+
+    def __call__(self, latents):
+        return closeness(latents)
+
+    def score_noisy(self, noisy_latents, prompts, noise_level):
+        return closeness(noisy_latents) * (1 - noise_level)
+
+
+def test_gain_credit_gives_every_step_its_own_advantage(tmp_path):
+    settings = {"per_device_train_batch_size": 12, "steps_per_generation": 1, "credit": "gain"}
+    trainer = tiny_trainer(tmp_path, reward_funcs=NoisyReward(), **settings)
+    ((experience,), _) = trainer.make_experience(0)
+    first, second = experience.rollout.trained
+    states = experience.rollout.states
+    levels = trainer.sampler.levels
+    for step in (first, second):
+        score = closeness(states[step]) * (1 - float(levels[step]))
+        gain = (closeness(experience.rollout.latents) - score).view(3, 4)
+        expected = (gain - gain.mean(1, keepdim=True)) / (gain.std(1, keepdim=True) + 1e-4)
+        torch.testing.assert_close(experience.advantages_at(step), expected.flatten(), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(experience.advantages_at(first), experience.advantages_at(second))
+    assert experience.advantages_at(99) is experience.advantages
+    with pytest.raises(ValueError, match="which closeness cannot do"):
+        tiny_trainer(tmp_path, credit="gain")
+
+
+def test_hacking_alarm_stops_the_run_if_asked(tmp_path):
+    calls = []
+
+    def falling(images, prompts):
+        calls.append(1)
+        return [-float(len(calls))] * len(prompts)
+
+    trainer = tiny_trainer(
+        tmp_path,
+        per_device_train_batch_size=24,
+        per_device_eval_batch_size=6,
+        steps_per_generation=1,
+        num_generations=8,
+        max_steps=40,
+        learning_rate=2e-2,
+        epsilon=1e-2,
+        ema_decay=None,
+        eval_dataset=PROMPTS,
+        eval_reward_funcs=falling,
+        eval_strategy="steps",
+        eval_steps=5,
+        eval_num_images=0,
+        hacking_stop=True,
+    )
+    trainer.train()
+    assert trainer.state.global_step < 40
+    assert logged(trainer, "eval_hacking_alarm")[-1] == 1
+
+
+def test_ddpo_on_a_unet_tracks_prompts_and_resumes(tmp_path):
+    def trainer(name, **overrides):
+        settings = {
+            "output_dir": str(tmp_path / name),
+            "num_generations": 1,
+            "sde_type": "ddim",
+            "eta": 1.0,
+            "max_sequence_length": None,
+            "guidance_scale": 2.0,
+            "per_prompt_stat_tracking_buffer_size": 4,
+            "per_prompt_stat_tracking_min_count": 2,
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "height": 64,
+            "width": 64,
+        }
+        return DDPOTrainer(
+            tiny_sd_pipeline(), closeness, tiny_config(cls=DDPOConfig, **{**settings, **overrides}), PROMPTS
+        )
+
+    straight = trainer("straight")
+    straight.train()
+    assert logged(straight, "ratio/max")[0] == 1
+    assert sum(len(values) for values in straight.stat_tracker.history.values()) == 24
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
+    assert resumed.stat_tracker.state_dict() == straight.stat_tracker.state_dict()
+    expected, actual = lora_tensors(straight), lora_tensors(resumed)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(("loss_type", "accumulation"), [("ppo_clip", 1), ("policy_gradient", 2)])
+def test_score_function_and_importance_sampling_agree_on_policy(tmp_path, loss_type, accumulation):
+    trainer = tiny_trainer(
+        tmp_path, loss_type=loss_type, gradient_accumulation_steps=accumulation, max_steps=2 // accumulation
+    )
+    trainer.train()
+    assert logged(trainer, "grad_norm")[0] > 0
+
+
+def test_eight_bit_optimizer(tmp_path):
+    trainer = tiny_trainer(tmp_path, optim="adamw_bnb_8bit", lora_rank=64, max_steps=2)
+    before = lora_tensors(trainer)
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer).__module__.startswith("bitsandbytes")
+    states = [state["state1"].dtype for state in optimizer.state.values()]
+    assert torch.uint8 in states  # tensors of fewer than 4,096 elements stay in float32
+    assert any(not torch.equal(before[name], tensor) for name, tensor in lora_tensors(trainer).items())

@@ -27,15 +27,15 @@ def run(output_dir: Path, batch_size: int) -> tuple[DiffusionGRPOTrainer, dict[s
         save_strategy="steps",
         save_steps=4,
     )
-    experience, _ = trainer.experience_maker.make(0)
+    experience, _ = trainer.make_experience(0)
     maker = trainer.experience_maker
     trainer.train()
     evaluation = trainer.evaluate()
     big = torch.tensor([2**53 + 1 + trainer.accelerator.process_index, 2**24 + 1])
     return trainer, {
         "rows": [row for part in experience for row in part.rows],
-        "initial": torch.cat([maker._initial_latents(0, part.rows) for part in experience]),
-        "window": list(experience[0].rollout.window),
+        "initial": torch.cat([maker.initial_latents(0, part.rows) for part in experience]),
+        "window": list(experience[0].rollout.stochastic),
         "final": torch.cat([part.rollout.latents for part in experience]),
         "advantages": torch.cat([part.advantages for part in experience]),
         "lora": lora_tensors(trainer),

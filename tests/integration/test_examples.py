@@ -23,9 +23,16 @@ def run_example(name: str, directory: Path, *arguments: str) -> str:
 
 def test_every_example_is_short_and_tested_here() -> None:
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert names == ["01_score_latents.py", "02_train_a_reward.py", "03_align_with_flow_grpo.py"]
+    assert names == [
+        "01_score_latents.py",
+        "02_train_a_reward.py",
+        "03_align_with_flow_grpo.py",
+        "04_swap_into_your_loop.py",
+        "05_two_rewards_and_a_held_out_judge.py",
+        "06_backprop_the_reward.py",
+    ]
     for name in names:
-        assert len((EXAMPLES / name).read_text().splitlines()) < 60
+        assert len((EXAMPLES / name).read_text().splitlines()) < (90 if name.startswith("04") else 60)
 
 
 def test_score_latents(tmp_path: Path) -> None:
@@ -51,7 +58,31 @@ def test_align_with_flow_grpo(tmp_path: Path) -> None:
     assert len(list((output / "pictures").glob("step-*.png"))) == 2
 
 
-@pytest.mark.parametrize("name", ["README.md"])
+@pytest.mark.parametrize("options", [[], ["--no-reward"]])
+def test_swap_into_your_loop(tmp_path: Path, options: list[str]) -> None:
+    output = run_example("04_swap_into_your_loop.py", tmp_path, "--rounds", "1", *options)
+    before, after = re.findall(r"oracle fit (0\.\d+)", output)
+    assert 0.3 < float(before) < 0.6
+    assert before != after
+
+
+def test_the_reward_takes_five_marked_lines() -> None:
+    lines = (EXAMPLES / "04_swap_into_your_loop.py").read_text().splitlines()
+    assert sum(line.endswith("# + reward") for line in lines) == 5
+
+
+def test_two_rewards_and_a_held_out_judge(tmp_path: Path) -> None:
+    output = run_example("05_two_rewards_and_a_held_out_judge.py", tmp_path, "1")
+    assert output.count("{'step'") == 2
+    assert len(list((tmp_path / "outputs" / "two_rewards" / "pictures").glob("step-*.png"))) == 2
+
+
+def test_backprop_the_reward(tmp_path: Path) -> None:
+    run_example("06_backprop_the_reward.py", tmp_path, "2")
+    assert (tmp_path / "outputs" / "my_backprop" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["README.md", "recipes/README.md"])
 def test_readme_commands_name_existing_files(name: str) -> None:
     text = (EXAMPLES.parent / name).read_text()
     for path in re.findall(r"(?:recipes|examples|docs|tests)/[\w/.]+\.(?:py|yaml|png)", text):

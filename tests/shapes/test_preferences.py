@@ -63,7 +63,7 @@ def test_pairs_cover_all_gaps_and_kinds(pairs):
     assert (gaps < 0.1).float().mean() > 0.1
     assert (gaps > 0.3).float().mean() > 0.1
     kinds = {record["kind"] for record in pairs}
-    assert {"cps-cps", "cps-render", "render-degraded", "ode-perturbed"} <= kinds
+    assert {"sde-sde", "sde-render", "render-degraded", "ode-perturbed"} <= kinds
 
 
 def test_pairs_are_seeded(pool, pairs):

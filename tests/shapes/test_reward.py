@@ -12,16 +12,22 @@ from dina_reward import LatentReward
 from dina_reward.shapes import build_pool, load_pipeline, load_reward, sample_pairs, sample_prompts
 from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs
 from dina_reward.shapes.reward import evaluate_reward, new_reward, train_reward
+from dina_reward.shapes.worlds import get_world
+
+
+@pytest.fixture(scope="module", params=["flow", "ddpm"])
+def world(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> Any:
-    return load_pipeline()
+def pipeline(world: str) -> Any:
+    return load_pipeline(world)
 
 
 @pytest.fixture(scope="module")
-def reward(pipeline: Any) -> LatentReward:
-    return load_reward(pipeline=pipeline)
+def reward(world: str, pipeline: Any) -> LatentReward:
+    return load_reward(world, pipeline=pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +56,15 @@ def test_wrong_captions_score_lower(reward: LatentReward, pipeline: Any) -> None
     assert float((right > reward(latents, wrong, seed=0)).float().mean()) > 0.9
 
 
-def test_shared_and_standalone_agree(reward: LatentReward, pipeline: Any, pairs: PreferencePairs) -> None:
-    shared = load_reward(pipeline=pipeline, share_backbone=True)
+def test_shared_and_standalone_agree(world: str, reward: LatentReward, pipeline: Any, pairs: PreferencePairs) -> None:
+    shared = load_reward(world, pipeline=pipeline, share_backbone=True)
     prompts = sample_prompts(16, "held_out", seed=0)
     latents = pairs.latents[:16]
     torch.testing.assert_close(shared(latents, prompts, seed=0), reward(latents, prompts, seed=0), atol=1e-4, rtol=0)
 
 
-def test_it_finds_its_backbone_beside_itself(reward: LatentReward, pairs: PreferencePairs) -> None:
-    alone = load_reward()
+def test_it_finds_its_backbone_beside_itself(world: str, reward: LatentReward, pairs: PreferencePairs) -> None:
+    alone = load_reward(world)
     conditioning, index = reward.encode_prompts(sample_prompts(4, "held_out", seed=0))
     rows = conditioning[index]
     embeds = {"prompt_embeds": rows.prompt_embeds, "pooled_prompt_embeds": rows.pooled_prompt_embeds}
@@ -67,12 +73,12 @@ def test_it_finds_its_backbone_beside_itself(reward: LatentReward, pairs: Prefer
 
 
 def test_training_writes_a_reward_and_is_not_repeated(
-    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: str, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_pairs = sample_pairs(build_pool(pipeline, "train", 16, seed=5), "train", 128, seed=5)
     first = train_reward(pipeline, train_pairs, tmp_path, steps=4, batch_size=8)
     assert first.merged
-    assert first.config.backbone_model_id == "../sd3"
+    assert first.config.backbone_model_id == f"../{get_world(world).weights}"
     assert (tmp_path / "checkpoint-4").is_dir()
     monkeypatch.setattr("dina_reward.shapes.reward.LatentRewardTrainer", None)
     again = train_reward(pipeline, train_pairs, tmp_path, steps=4, batch_size=8)

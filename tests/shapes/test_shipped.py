@@ -3,11 +3,12 @@ import sys
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import dina_reward.shapes
 from dina_reward.shapes.evaluation import evaluate_pipeline
 from dina_reward.shapes.prompts import sample_prompts
-from dina_reward.shapes.shipped import weights_dir
+from dina_reward.shapes.shipped import load_pipeline, weights_dir
 
 
 def test_import_is_light_and_names_resolve():
@@ -26,32 +27,42 @@ def test_everything_shipped_is_small():
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
-def test_weights_load_in_full_precision(shapes_pipeline):
-    modules = [module for module in shapes_pipeline.components.values() if isinstance(module, torch.nn.Module)]
-    assert len(modules) == 5
+@pytest.mark.parametrize(("world", "count"), [("flow", 5), ("ddpm", 3)])
+def test_weights_load_in_full_precision(world, count):
+    modules = [module for module in load_pipeline(world).components.values() if isinstance(module, torch.nn.Module)]
+    assert len(modules) == count
     assert {parameter.dtype for module in modules for parameter in module.parameters()} == {torch.float32}
 
 
 def test_unknown_weights_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match="shipped: sd3"):
-        weights_dir("sd1")
+    with pytest.raises(ValueError, match="shipped: sd1, sd1-reward, sd3, sd3-reward"):
+        weights_dir("sd9")
+    with pytest.raises(ValueError, match="No world called 'pixel'; there are: flow, ddpm"):
+        load_pipeline("pixel")
 
 
-def test_generator_draws_well_but_listens_badly(shapes_pipeline):
-    evaluation = evaluate_pipeline(shapes_pipeline, "held_out", count=192, seed=0)
+@pytest.mark.parametrize("world", ["flow", "ddpm"])
+def test_generator_draws_well_but_listens_badly(world):
+    evaluation = evaluate_pipeline(load_pipeline(world), "held_out", count=192, seed=0)
     assert 0.35 <= evaluation.scores.fit.mean() <= 0.55
     assert evaluation.scores.cleanness.mean() >= 0.6
     assert "192 samples: fit 0." in str(evaluation)
 
 
-def test_every_attribute_is_heard_above_chance(shapes_pipeline):
-    right = evaluate_pipeline(shapes_pipeline, "train", count=384, seed=1).scores.attributes.float().mean(dim=0)
-    assert (right > torch.tensor([1 / 2, 1 / 6, 1 / 4, 1 / 3])).all()
+# Size, colour, shape and background by chance are 1/2, 1/6, 1/4 and 1/3; the UNet does not hear shapes at all.
+@pytest.mark.parametrize(
+    ("world", "least"), [("flow", [1 / 2, 1 / 6, 1 / 4, 1 / 3]), ("ddpm", [1 / 2, 1 / 6, 0.2, 1 / 3])]
+)
+def test_attributes_are_heard_above_chance(world, least):
+    right = evaluate_pipeline(load_pipeline(world), "train", count=384, seed=1).scores.attributes.float().mean(dim=0)
+    assert (right > torch.tensor(least)).all()
 
 
-def test_pipeline_runs_as_a_plain_diffusers_pipeline(shapes_pipeline):
-    shapes_pipeline.set_progress_bar_config(disable=True)
-    images = shapes_pipeline(sample_prompts(2, seed=0), num_inference_steps=2).images
+@pytest.mark.parametrize("world", ["flow", "ddpm"])
+def test_pipeline_runs_as_a_plain_diffusers_pipeline(world):
+    pipeline = DiffusionPipeline.from_pretrained(weights_dir({"flow": "sd3", "ddpm": "sd1"}[world]))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(sample_prompts(2, seed=0), num_inference_steps=2).images
     assert [image.size for image in images] == [(32, 32)] * 2
-    unknown = shapes_pipeline("a zebra on Mars", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
+    unknown = pipeline("a zebra on Mars", num_inference_steps=2, guidance_scale=1.0, output_type="pt").images
     assert torch.isfinite(unknown).all()

@@ -135,3 +135,38 @@ def test_averages_of_another_model_are_refused(tmp_path: Path, tensors: dict[str
 def test_bad_arguments_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="EMA"):
         EMACallback(ToyModel(), **arguments)  # type: ignore[arg-type]
+
+
+def test_averages_of_bfloat16_parameters_are_float32() -> None:
+    model = ToyModel().to(torch.bfloat16)
+    callback = EMACallback(model, decay=0.999)
+    drive(callback, model, [1.0, *[1.0078125] * 20])  # the next number above 1
+    assert callback._ema is not None
+    expected = 1.0
+    for update in range(2, 22):
+        decay = min(0.999, update / (9 + update))
+        expected = decay * expected + (1 - decay) * 1.0078125
+    averages = dict(zip(callback._parameters(), callback._ema.shadow_params, strict=True))
+    assert averages["linear.weight"].dtype == torch.float32
+    assert averages["linear.weight"].item() == pytest.approx(expected, abs=1e-6)
+    before = model.linear.weight.clone()
+    with callback.average_parameters():
+        assert model.linear.weight.dtype == torch.bfloat16
+    assert torch.equal(model.linear.weight, before)
+
+
+def test_only_ranks_that_save_write(tmp_path: Path) -> None:
+    model = ToyModel()
+    callback = EMACallback(model, decay=0.9)
+    drive(callback, model, [1.0])
+    callback._saves = False
+    callback.save_state(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_3_is_refused() -> None:
+    model = ToyModel()
+    model.linear.weight.ds_id = 0  # what DeepSpeed marks partitioned parameters with
+    callback = EMACallback(model, decay=0.9)
+    with pytest.raises(ValueError, match="'linear.weight' is partitioned by DeepSpeed ZeRO-3"):
+        drive(callback, model, [1.0])

@@ -22,7 +22,7 @@ def recipe() -> dict[str, Any]:
 
 
 def test_the_recipe_is_the_packaged_run() -> None:
-    assert runpy.run_path(str(RECIPES / "train_reward.py"))["main"] is run.main
+    assert runpy.run_path(str(RECIPES / "train_reward.py"))["main"] is run.train_reward
 
 
 def parse(recipe: dict[str, Any], arguments: list[str]) -> tuple[Any, Any]:

@@ -1,0 +1,137 @@
+"""Files of a policy: its LoRA, or its whole denoiser; read and written as whole tensors whatever way it is sharded."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dina_reward.atomic import atomic_directory
+from dina_reward.training.sharding import assign, is_main_process, whole
+
+
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+FULL_WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+
+
+def save_lora(
+    pipeline: Any, denoiser: nn.Module, directory: str, attribute: str, adapter_name: str, write: bool | None = None
+) -> None:
+    """Writes an adapter so that ``pipeline.load_lora_weights(directory)`` reads it.
+
+    Args:
+        attribute: name of the denoiser in the pipeline, the prefix of the stored names.
+        write: whether this process writes; rank 0 by default. Sharded tensors are gathered on every rank.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = _gathered(get_peft_model_state_dict(denoiser, adapter_name=adapter_name), write)
+    if tensors is None:
+        return
+    config = denoiser.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, index]
+    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".lora-") as staging:
+        # The keywords of every diffusers pipeline with a LoRA loader are named after the denoiser.
+        type(pipeline).save_lora_weights(
+            staging, **{f"{attribute}_lora_layers": tensors, f"{attribute}_lora_adapter_metadata": metadata}
+        )
+        for name in os.listdir(staging):
+            os.replace(os.path.join(staging, name), os.path.join(directory, name))
+
+
+def load_lora(denoiser: nn.Module, directory: str, attribute: str, adapter_name: str) -> None:
+    """Reads what `save_lora` wrote into an adapter, in place; sharded tensors are scattered from rank 0.
+
+    Raises:
+        ValueError: the file is missing, or does not hold exactly the adapter's tensors.
+    """
+    from peft import get_peft_model_state_dict
+
+    path = os.path.join(directory, LORA_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(f"{directory} holds no {LORA_WEIGHTS_NAME}; it is not a checkpoint of this trainer")
+    stored = {name.removeprefix(f"{attribute}."): tensor for name, tensor in load_file(path).items()}
+    expected = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
+    _check_fit(
+        {name: tuple(tensor.shape) for name, tensor in stored.items()},
+        expected,
+        f"{path} does not fit this run's LoRA",
+        "Resume with the lora_rank and lora_target_modules of that run",
+    )
+    for name, tensor in expected.items():
+        assign(tensor, stored[name])
+
+
+def save_full(denoiser: nn.Module, directory: str, attribute: str, class_name: str, write: bool | None = None) -> None:
+    """Writes the denoiser as ``save_pretrained`` does, into ``directory/attribute``, which is replaced as a whole.
+
+    Args:
+        attribute: name of the denoiser in the pipeline.
+        class_name: of the diffusers class; FSDP2 puts a class of its own in its place.
+        write: whether this process writes; rank 0 by default. Sharded tensors are gathered on every rank.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    tensors = _gathered(denoiser.state_dict(), write)
+    if tensors is None:
+        return
+    config = {**json.loads(denoiser.to_json_string()), "_class_name": class_name}  # type: ignore[operator]
+    with atomic_directory(os.path.join(directory, attribute)) as staging:
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        save_torch_state_dict(
+            tensors, staging, filename_pattern=FULL_WEIGHTS_PATTERN, max_shard_size="10GB", metadata={"format": "pt"}
+        )
+
+
+def load_full(denoiser: nn.Module, directory: str, attribute: str) -> None:
+    """Reads what `save_full` wrote into the denoiser, in place; sharded tensors are scattered from rank 0.
+
+    Raises:
+        ValueError: the files are missing, or do not hold exactly the denoiser's tensors.
+    """
+    folder = Path(directory, attribute)
+    paths = sorted(folder.glob(FULL_WEIGHTS_PATTERN.format(suffix="*")))
+    if not paths:
+        raise ValueError(f"{folder} holds no {FULL_WEIGHTS_PATTERN.format(suffix='')}; is it a checkpoint of a LoRA?")
+    expected = denoiser.state_dict()
+    shapes = {name: shape for path in paths for name, shape in _stored_shapes(path)}
+    _check_fit(shapes, expected, f"{folder} does not fit this denoiser", "Resume with the pipeline of that run")
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                assign(expected[name], file.get_tensor(name))
+
+
+def _gathered(tensors: Mapping[str, Tensor], write: bool | None) -> dict[str, Tensor] | None:
+    """Whole tensors in host memory where they will be written, nothing elsewhere; one at a time on the device."""
+    write = is_main_process() if write is None else write
+    gathered = {}
+    for name, tensor in tensors.items():
+        complete = whole(tensor)
+        if write:
+            gathered[name] = complete.contiguous().cpu()
+    return gathered if write else None
+
+
+def _stored_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, tuple(file.get_slice(name).get_shape())
+
+
+def _check_fit(stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor], fault: str, advice: str) -> None:
+    names = sorted(stored.keys() ^ expected.keys()) or sorted(
+        name for name, shape in stored.items() if shape != tuple(expected[name].shape)
+    )
+    if names:
+        raise ValueError(
+            f"{fault}: {len(names)} tensors are missing, unexpected or of another shape, the first is {names[0]!r}. {advice}"
+        )

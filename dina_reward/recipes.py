@@ -1,0 +1,171 @@
+"""What the alignment recipes share: their arguments, and how generator, rewards and prompts are loaded.
+
+Importing this module loads neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from dina_reward import LatentReward
+
+
+WORLDS = {"shapes": "flow", "shapes-ddpm": "ddpm"}
+"""What recipes call the generators of `dina_reward.shapes`, which are flow-matching and DDPM."""
+
+
+@dataclass
+class RecipeArguments:
+    """What to align with which reward on which prompts."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Diffusers pipeline (hub id or path), or 'shapes' or 'shapes-ddpm', which are embedded."}
+    )
+    reward_model_path: str = field(
+        metadata={"help": "LatentReward checkpoint (hub id or path), or 'shapes' or 'shapes-ddpm'."}
+    )
+    dataset_name: str = field(
+        metadata={
+            "help": "Prompts: a folder of SPLIT.txt files with one per line, a dataset with a prompt column, or 'shapes'."
+        }
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default="test", metadata={"help": "Held-out split; null for none."})
+    max_eval_prompts: int = field(default=128, metadata={"help": "Evaluate on the first so many held-out prompts."})
+    torch_dtype: str = field(default="float32", metadata={"help": "Dtype of the frozen weights: float32, bfloat16."})
+    share_backbone: bool = field(
+        default=True, metadata={"help": "Let the reward run on the generator's own weights instead of a copy."}
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further rewards, as 'module.function'; reward_weights then needs one weight per reward."},
+    )
+    eval_reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Held-out judges that training never sees, as 'module.function'."}
+    )
+
+
+def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple[Any, LatentReward]:
+    """Generator and latent reward on one device.
+
+    Raises:
+        ValueError: unknown dtype, a generator of no supported family (found before its weights are fetched), or a reward
+            that does not fit the generator.
+    """
+    from dina_reward import LatentReward
+    from dina_reward.shapes import load_pipeline, load_reward
+
+    dtype, name = _torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
+    pipeline: Any
+    if name in WORLDS:
+        pipeline = load_pipeline(WORLDS[name], torch_dtype=dtype)
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **_loading_options(name))
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"pipeline": pipeline, "share_backbone": arguments.share_backbone}
+    path = arguments.reward_model_path
+    if path in WORLDS:
+        return pipeline, load_reward(WORLDS[path], **options)
+    return pipeline, LatentReward.from_pretrained(path, **options)
+
+
+def load_reward_funcs(arguments: RecipeArguments, latent_reward: LatentReward) -> list[Any]:
+    """The latent reward and the further rewards that training maximises."""
+    return [latent_reward, *map(import_function, arguments.reward_funcs or ())]
+
+
+def load_prompts(arguments: RecipeArguments, seed: int) -> Any:
+    """Prompts to train on; ``seed`` orders those of the embedded world."""
+    if arguments.dataset_name in WORLDS:
+        from dina_reward.shapes.alignment import training_prompts
+
+        return training_prompts(seed)
+    return _prompts_of(arguments.dataset_name, arguments.dataset_train_split)
+
+
+def load_eval_prompts(arguments: RecipeArguments) -> list[Any] | None:
+    """The first `max_eval_prompts` held-out prompts; ``None`` without a test split."""
+    if arguments.dataset_test_split is None:
+        return None
+    if arguments.dataset_name in WORLDS:
+        from dina_reward.shapes.alignment import held_out_prompts
+
+        prompts: Any = held_out_prompts()
+    else:
+        prompts = _prompts_of(arguments.dataset_name, arguments.dataset_test_split)
+    return [prompts[index] for index in range(min(arguments.max_eval_prompts, len(prompts)))]
+
+
+def load_eval_reward_funcs(arguments: RecipeArguments) -> list[Any]:
+    """Judges of held-out images that training never sees; on the embedded world's captions the oracle is one."""
+    judges = [import_function(name) for name in arguments.eval_reward_funcs or ()]
+    if arguments.dataset_name in WORLDS:
+        from dina_reward.shapes.alignment import oracle_scores
+
+        judges.append(oracle_scores)
+    return judges
+
+
+def resume_point(resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    """What `Trainer.train` expects for ``--resume_from_checkpoint true`` (the last one), ``false``, or a path."""
+    words: dict[str, bool | None] = {"true": True, "false": None}
+    return words.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+
+
+def import_function(name: str) -> Callable[..., Any]:
+    """A callable by its dotted name.
+
+    Raises:
+        ValueError: no such module, or no such callable in it.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        function = getattr(import_module(module_name), attribute) if module_name else None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {name!r}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{name!r} must be the dotted name of a callable, such as 'my_rewards.sharpness'")
+    return function
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch_dtype must name a torch dtype such as 'bfloat16', got {name!r}")
+    return dtype
+
+
+def _loading_options(name: str) -> dict[str, Any]:
+    """Reads a pipeline's index alone: refuses families that are not supported, and leaves out the safety checker."""
+    import diffusers
+
+    from dina_reward.families import family_of
+
+    index = diffusers.DiffusionPipeline.load_config(name)
+    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
+    if pipeline_class is not None:
+        # A family goes by the class alone; an instance without any component stands for it.
+        family_of(pipeline_class.__new__(pipeline_class))
+    return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+
+
+def _prompts_of(name: str, split: str) -> Sequence[Any]:
+    path = Path(name, f"{split}.txt")
+    if path.is_file():
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from datasets import load_dataset
+
+    return load_dataset(name, split=split)

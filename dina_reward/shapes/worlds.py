@@ -1,0 +1,83 @@
+"""The two generators of the shapes world: what differs between flow matching and DDPM, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dina_reward.modeling import LatentRewardConfig
+
+from .ddpm import sample_ddim_latents, train_ddpm_generator
+from .generator import sample_latents, train_generator
+
+
+@dataclass(frozen=True)
+class World:
+    """A generator of the shapes world and how to work with it.
+
+    Args:
+        name (str): "flow" or "ddpm".
+        pipeline_class (str): name of the diffusers pipeline class.
+        weights (str): directory of the shipped pipeline; its reward is in `weights` + "-reward".
+        train (Callable): trains the generator around an autoencoder.
+        sample (Callable): draws latents, see `sample_latents` and `sample_ddim_latents`.
+        eta (float): share of fresh noise of stochastic samples in the preference pool.
+        backbone (dict): blocks that the reward reads, as fields of `LatentRewardConfig`.
+    """
+
+    name: str
+    pipeline_class: str
+    weights: str
+    train: Callable[..., Any]
+    sample: Callable[..., Tensor]
+    eta: float
+    backbone: dict[str, Any]
+
+    def reward_config(self, **kwargs: Any) -> LatentRewardConfig:
+        """Configuration of the reward that reads this generator's blocks."""
+        return LatentRewardConfig(backbone_model_id=f"../{self.weights}", **{**self.backbone, **kwargs})
+
+
+WORLDS = (
+    World(
+        name="flow",
+        pipeline_class="StableDiffusion3Pipeline",
+        weights="sd3",
+        train=train_generator,
+        sample=sample_latents,
+        eta=0.8,
+        backbone={"family": "sd3", "num_layers": 4, "visual_taps": (2, 3, 4)},
+    ),
+    World(
+        name="ddpm",
+        pipeline_class="StableDiffusionPipeline",
+        weights="sd1",
+        train=train_ddpm_generator,
+        sample=sample_ddim_latents,
+        eta=1.0,
+        backbone={"family": "stable_diffusion", "num_layers": 3, "visual_taps": (1, 2, 3), "text_taps": (1,)},
+    ),
+)
+
+
+def get_world(name: str) -> World:
+    """The world called "flow" or "ddpm".
+
+    Raises:
+        ValueError: no world of this name.
+    """
+    for world in WORLDS:
+        if world.name == name:
+            return world
+    raise ValueError(f"No world called {name!r}; there are: {', '.join(world.name for world in WORLDS)}.")
+
+
+def world_of(pipeline: Any) -> World:
+    """The world that a pipeline belongs to, by its class."""
+    for world in WORLDS:
+        if world.pipeline_class == type(pipeline).__name__:
+            return world
+    raise ValueError(f"{type(pipeline).__name__} is not a generator of the shapes world.")

@@ -1,0 +1,43 @@
+"""Aligns a generator with a latent reward by DiffusionNFT; no pixel is decoded in training.
+
+    python recipes/nft.py --config recipes/configs/nft_shapes.yaml
+
+Samples are noised afresh; the prediction is pulled towards good ones and pushed away from bad ones (arXiv 2509.16117).
+There are no log-probabilities, so any sampler will do and no trajectory is kept.
+Supported: flow-matching and DDPM models; a soft copy of the policy that samples; KL to the initial model; LoRA, QLoRA and
+full fine-tuning; several rewards.
+
+Any field of `RecipeArguments` and `DiffusionNFTConfig` may stand in the YAML file or on the command line, which wins.
+An unknown key is an error. The trained weights land in `output_dir`, their moving average in `output_dir/ema`.
+A run that was killed continues with `--resume_from_checkpoint true`.
+"""
+
+from __future__ import annotations
+
+from dina_reward import recipes
+from dina_reward.alignment import DiffusionNFTConfig
+from dina_reward.arguments import parse_command_line
+from dina_reward.recipes import RecipeArguments
+
+
+def main(arguments: RecipeArguments, config: DiffusionNFTConfig) -> None:
+    """Trains, and writes weights, evaluation history and pictures to the output directory."""
+    # Trainers import models, which takes seconds; a wrong configuration is reported before.
+    from dina_reward.alignment import DiffusionNFTTrainer
+
+    pipeline, reward = recipes.load_models(arguments, config.device)
+    trainer = DiffusionNFTTrainer(
+        pipeline,
+        recipes.load_reward_funcs(arguments, reward),
+        config,
+        train_dataset=recipes.load_prompts(arguments, config.seed),
+        eval_dataset=recipes.load_eval_prompts(arguments),
+        eval_reward_funcs=recipes.load_eval_reward_funcs(arguments),
+    )
+    trainer.train(resume_from_checkpoint=recipes.resume_point(config.resume_from_checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main(*parse_command_line(RecipeArguments, DiffusionNFTConfig))

@@ -1,0 +1,39 @@
+"""Trains the tiny policy with every algorithm and writes its weights; started by torchrun from test_algorithms.py.
+
+python algorithms_worker.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.alignment.helpers import ALGORITHMS, algorithm_trainer, logged, lora_tensors
+
+
+def run(output_dir: Path, batch_size: int) -> dict[str, dict[str, object]]:
+    """Two generations with every algorithm."""
+    results: dict[str, dict[str, object]] = {}
+    for name in ALGORITHMS:
+        settings = {"per_device_train_batch_size": batch_size, "max_steps": 4, "learning_rate": 1e-3}
+        trainer = algorithm_trainer(name, output_dir / name, **settings)
+        trainer.train()
+        averaged = {}
+        with trainer.averaged_policy():
+            averaged = lora_tensors(trainer)
+        results[name] = {
+            "lora": lora_tensors(trainer),
+            "averaged": averaged,
+            "reward": logged(trainer, "reward"),
+            "grad_norm": logged(trainer, "grad_norm"),
+            "processes": trainer.accelerator.num_processes,
+        }
+    return results
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    results = run(directory, int(sys.argv[2]))
+    torch.save(results, directory / f"rank{torch.distributed.get_rank()}.pt")

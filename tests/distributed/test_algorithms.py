@@ -1,0 +1,42 @@
+"""Every algorithm on two gloo processes with half the batch against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.alignment.helpers import ALGORITHMS
+from tests.distributed.algorithms_worker import run
+from tests.distributed.launch import launch_two_processes
+
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("two_ranks")
+    launch_two_processes(Path(__file__).with_name("algorithms_worker.py"), directory, 3)
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("one_rank"), 6)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_ranks_with_half_the_batch_train_like_one(ranks: list[Any], alone: dict[str, Any], name: str) -> None:
+    first, second, expected = ranks[0][name], ranks[1][name], alone[name]
+    assert first["processes"] == second["processes"] == 2
+    for kind in ("lora", "averaged"):
+        for key, tensor in expected[kind].items():
+            assert torch.equal(first[kind][key], second[kind][key])
+            torch.testing.assert_close(first[kind][key], tensor, atol=2e-4, rtol=2e-3)
+    assert first["reward"] == second["reward"] == pytest.approx(expected["reward"], rel=1e-4, abs=1e-5)
+    assert first["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=1e-2)
+    start = {key: tensor for key, tensor in expected["lora"].items() if "lora_B" in key}
+    assert any(float(tensor.abs().max()) > 1e-4 for tensor in start.values())
