@@ -49,7 +49,7 @@ class DiffusionGRPOConfig(AlignmentConfig):
         },
     )
     credit_discount: float = field(
-        default=1.0,
+        default=0.0,
         metadata={"help": "With credit 'gain': 0 counts a step's own gain, 1 all gains from there to the end."},
     )
 

@@ -14,7 +14,7 @@ from dina_reward.alignment.config import check_choice, check_int, check_real
 from dina_reward.alignment.experience import Experience, RolloutPlan
 from dina_reward.alignment.forward_process import ForwardProcessConfig, ForwardProcessTrainer
 from dina_reward.alignment.objectives import ObjectiveOutput
-from dina_reward.alignment.policy import Predict
+from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.alignment.samplers import Sampler, build_sampler
 from dina_reward.alignment.steps import check_eta
 from dina_reward.likelihood import ThurstoneModel, thurstone_preference
@@ -137,7 +137,7 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         point = NoisePoint(torch.cat([point.level] * 2), torch.cat([point.timestep] * 2))
         conditioning = experience.conditioning_rows()[rows]
 
-        def errors(predict: Predict) -> Sequence[Tensor]:
+        def errors(predict: PredictFunction) -> Sequence[Tensor]:
             noisy = self.forward_process.noisy(latents, noise, point).to(self.policy.storage_dtype)
             target = self.forward_process.target(latents, noise, point)
             squares = (predict(noisy, point.timestep) - target) ** 2

@@ -17,8 +17,6 @@ from dina_reward.families.base import Conditioning, ModelFamily, family_of
 from dina_reward.training.sharding import ExactTimesteps, exchange, local, slice_like, trainable_parameters
 
 
-Predict = PredictFunction
-
 ADAPTER_NAME = "policy"
 
 

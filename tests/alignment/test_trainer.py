@@ -338,7 +338,7 @@ class NoisyReward:
 
 
 def test_gain_credit_gives_every_step_its_own_advantage(tmp_path):
-    settings = {"per_device_train_batch_size": 12, "steps_per_generation": 1, "credit": "gain"}
+    settings = {"per_device_train_batch_size": 12, "steps_per_generation": 1, "credit": "gain", "credit_discount": 1.0}
     trainer = tiny_trainer(tmp_path, reward_funcs=NoisyReward(), **settings)
     ((experience,), _) = trainer.make_experience(0)
     first, second = experience.rollout.trained
@@ -426,7 +426,7 @@ def test_score_function_and_importance_sampling_agree_on_policy(tmp_path, loss_t
 
 
 def test_eight_bit_optimizer(tmp_path):
-    trainer = tiny_trainer(tmp_path, optim="adamw_bnb_8bit", lora_rank=64, max_steps=2)
+    trainer = tiny_trainer(tmp_path, optim="adamw_bnb_8bit", lora_rank=256, max_steps=2)
     before = lora_tensors(trainer)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
