@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from dina_reward import LatentReward
+    from dina_reward.alignment import AlignmentConfig, AlignmentTrainer
 
 
 WORLDS = {"shapes": "flow", "shapes-ddpm": "ddpm"}
@@ -51,6 +52,31 @@ class RecipeArguments:
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Held-out judges that training never sees, as 'module.function'."}
     )
+
+
+def align(
+    trainer_class: type[AlignmentTrainer], arguments: RecipeArguments, config: AlignmentConfig
+) -> AlignmentTrainer:
+    """What every alignment recipe does: loads, trains, and writes weights and the trainer's state to ``output_dir``.
+
+    Args:
+        trainer_class: the algorithm.
+        arguments: what to align with which reward on which prompts.
+        config: settings of the algorithm.
+    """
+    pipeline, reward = load_models(arguments, config.device)
+    trainer = trainer_class(
+        pipeline,
+        load_reward_funcs(arguments, reward),
+        config,
+        train_dataset=load_prompts(arguments, config.seed),
+        eval_dataset=load_eval_prompts(arguments),
+        eval_reward_funcs=load_eval_reward_funcs(arguments),
+    )
+    trainer.train(resume_from_checkpoint=resume_point(config.resume_from_checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
 
 
 def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple[Any, LatentReward]:

@@ -15,10 +15,9 @@ A run that was killed continues with `--resume_from_checkpoint true`.
 
 from __future__ import annotations
 
-from dina_reward import recipes
 from dina_reward.alignment import DDPOConfig
 from dina_reward.arguments import parse_command_line
-from dina_reward.recipes import RecipeArguments
+from dina_reward.recipes import RecipeArguments, align
 
 
 def main(arguments: RecipeArguments, config: DDPOConfig) -> None:
@@ -26,18 +25,7 @@ def main(arguments: RecipeArguments, config: DDPOConfig) -> None:
     # Trainers import models, which takes seconds; a wrong configuration is reported before.
     from dina_reward.alignment import DDPOTrainer
 
-    pipeline, reward = recipes.load_models(arguments, config.device)
-    trainer = DDPOTrainer(
-        pipeline,
-        recipes.load_reward_funcs(arguments, reward),
-        config,
-        train_dataset=recipes.load_prompts(arguments, config.seed),
-        eval_dataset=recipes.load_eval_prompts(arguments),
-        eval_reward_funcs=recipes.load_eval_reward_funcs(arguments),
-    )
-    trainer.train(resume_from_checkpoint=recipes.resume_point(config.resume_from_checkpoint))
-    trainer.save_model()
-    trainer.save_state()
+    align(DDPOTrainer, arguments, config)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dina_reward.alignment.objectives import ObjectiveOutput
 from dina_reward.alignment.prompts import PromptDataset
 from dina_reward.alignment.rewards import RewardFunction, callable_name, differentiable_score, takes_images
 from dina_reward.alignment.rollout import PredictFunction
-from dina_reward.alignment.samplers import Sampler, build_sampler
+from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, generator_from
 from dina_reward.families.base import Conditioning
 
@@ -298,11 +298,6 @@ class RewardBackpropTrainer(AlignmentTrainer):
         super().__init__(pipeline, functions, args, train_dataset, **kwargs)
         assert args.grad_guidance_scale is not None
         self._negative_scale = max(args.guidance_scale, args.grad_guidance_scale)
-
-    def _new_sampler(self) -> Sampler:
-        # Every step is deterministic, so `sde_type` and `eta` need not fit the scheduler.
-        device = self.accelerator.device
-        return build_sampler(self.policy.pipeline.scheduler, self.args.num_inference_steps, device=device)
 
     def num_losses(self, experience: Any) -> int:
         """One."""

@@ -147,11 +147,9 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         return policy
 
     def _new_sampler(self) -> Sampler:
-        args = self.args
+        """Sampler of the training rollouts: of deterministic steps, unless a subclass says otherwise."""
         scheduler = self.policy.pipeline.scheduler
-        return build_sampler(
-            scheduler, args.num_inference_steps, sde_type=args.sde_type, eta=args.eta, device=self.accelerator.device
-        )
+        return build_sampler(scheduler, self.args.num_inference_steps, device=self.accelerator.device)
 
     def _new_evaluator(self, functions: EvalRewardFunction | Sequence[EvalRewardFunction]) -> HeldOutEvaluator:
         args = self.args

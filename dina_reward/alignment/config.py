@@ -12,7 +12,6 @@ from transformers.trainer_utils import SaveStrategy
 
 from dina_reward.alignment.advantages import Aggregation, ScaleRewards
 from dina_reward.alignment.prompts import BatchGeometry
-from dina_reward.alignment.steps import SDEType
 
 
 @dataclass
@@ -45,17 +44,6 @@ class AlignmentConfig(TrainingArguments):
     num_inference_steps: int = field(default=10, metadata={"help": "Sampling steps of training rollouts."})
     guidance_scale: float = field(
         default=1.0, metadata={"help": "Classifier-free guidance above 1, in rollouts and in training alike."}
-    )
-    sde_type: SDEType = field(
-        default="cps",
-        metadata={
-            "help": "Stochastic step: 'cps', 'flow_sde' or 'dance_sde' for flow matching, 'ddim' for DDPM models. CPS "
-            "leaves no noise behind."
-        },
-    )
-    eta: float = field(
-        default=0.8,
-        metadata={"help": "Noise strength of the sampler's stochastic steps (not the reward's noise level)."},
     )
     same_latent_within_group: bool = field(
         default=False, metadata={"help": "Start all members of a group from the same initial latent."}
@@ -173,7 +161,6 @@ class AlignmentConfig(TrainingArguments):
             raise ValueError(
                 "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"
             )
-        check_choice("sde_type", self.sde_type, get_args(SDEType))
         check_choice("scale_rewards", self.scale_rewards, get_args(ScaleRewards))
         check_choice("multi_objective_aggregation", self.multi_objective_aggregation, get_args(Aggregation))
 
@@ -280,7 +267,6 @@ _INTEGERS = {
 _REALS = (
     ("guidance_scale", 0.0, math.inf),
     ("eval_guidance_scale", 0.0, math.inf),
-    ("eta", 0.0, math.inf),
 )
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from dina_reward.alignment.rewards import callable_name
 from dina_reward.alignment.rollout import Rollout
 from dina_reward.alignment.samplers import Sampler
-from dina_reward.families.base import Conditioning
 
 
 def check_scores_noisy(functions: Sequence[Any]) -> None:
@@ -35,7 +34,7 @@ def state_scores(
     rollout: Rollout,
     sampler: Sampler,
     prompts: Sequence[str],
-    conditioning: Conditioning,
+    device: torch.device | str,
 ) -> Tensor:
     """Weighted reward of every recorded state at the noise level it has, shape ``(batch, states)``, float32, on the CPU.
 
@@ -45,9 +44,8 @@ def state_scores(
         rollout: whose states are scored, in order.
         sampler: gives their noise levels.
         prompts: one per row.
-        conditioning: unused by rewards that encode prompts themselves; its device is where states are moved to.
+        device: of the rewards; states may have been offloaded.
     """
-    device = conditioning.prompt_embeds.device
     columns = []
     for index in sorted(rollout.states):
         state, level = rollout.states[index].to(device), float(sampler.levels[index])

@@ -154,9 +154,7 @@ class ExperienceMaker:
         conditioning, negative, chunks = self._sample(generation, plan)
         sampled = time.perf_counter()
         scores = [self._score(generation, chunk, conditioning) for chunk in chunks]
-        along = (
-            [self._score_states(chunk, conditioning) for chunk in chunks] if plan.credit_discount is not None else []
-        )
+        along = [self._score_states(chunk) for chunk in chunks] if plan.credit_discount is not None else []
         scored = time.perf_counter()
         all_scores = self._gather(chunks, scores)
         result = (self.group_advantages if compare is None else compare)(generation, all_scores)
@@ -260,11 +258,11 @@ class ExperienceMaker:
             self.reward_seeds(generation, chunk.rows),
         )
 
-    def _score_states(self, chunk: _Chunk, conditioning: Conditioning) -> Tensor:
+    def _score_states(self, chunk: _Chunk) -> Tensor:
         self.reward_calls += len(chunk.rows) * len(chunk.rollout.states)
         prompts = [row["prompt"] for row in chunk.prompt_rows]
         return state_scores(
-            self.rewards.functions, self.reward_weights, chunk.rollout, self.sampler, prompts, conditioning
+            self.rewards.functions, self.reward_weights, chunk.rollout, self.sampler, prompts, self.device
         )
 
     def _gather(self, chunks: Sequence[_Chunk], values: Sequence[Tensor]) -> Tensor:

@@ -16,13 +16,14 @@ from dina_reward.alignment.experience import Experience
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import PromptDataset
 from dina_reward.alignment.rewards import RewardFunction
-from dina_reward.alignment.samplers import Sampler, build_sampler, is_flow_matching
+from dina_reward.alignment.samplers import Sampler, is_flow_matching
 from dina_reward.alignment.seeding import Stream, generator_from, noise_by_row
-from dina_reward.noise import LevelDistribution, LevelSampler, NoisePoint, NoiseProcess, expand_as
+from dina_reward.noise import LevelSampler, NoisePoint, NoiseProcess, expand_as
 from dina_reward.noise_draws import fold_seed
 
 
 ModelPrediction = Literal["velocity", "epsilon", "sample", "v_prediction"]
+TrainLevels = Literal["sampler", "uniform", "logit_normal"]
 
 
 @dataclass(frozen=True)
@@ -155,46 +156,29 @@ class ForwardProcessConfig(AlignmentConfig):
             "help": "Noise levels that each sample is trained at per pass, each with a backward pass of its own."
         },
     )
-    train_level_distribution: str = field(
+    train_level_distribution: TrainLevels = field(
         default="sampler",
         metadata={
-            "help": "Levels of training: 'sampler' (those of the rollout, in random order), or a distribution: 'uniform', "
-            "'logit_normal', 'mode', 'constant', 'power', 'beta'."
+            "help": "Levels of training: 'sampler' (those of the rollout, in random order), 'uniform' or 'logit_normal'."
         },
     )
     train_level_mean: float = field(default=0.0, metadata={"help": "Mean of the logit under 'logit_normal'."})
     train_level_std: float = field(
         default=1.0, metadata={"help": "Standard deviation of the logit under 'logit_normal'."}
     )
-    train_level_mode_scale: float = field(default=1.29, metadata={"help": "Scale s of 'mode' (arXiv 2403.03206)."})
-    train_level_value: float = field(default=0.4, metadata={"help": "The level of 'constant'."})
-    train_level_exponent: float = field(default=2.0, metadata={"help": "Exponent p of 'power': u ** p."})
-    train_level_alpha: float = field(default=2.0, metadata={"help": "First shape parameter of 'beta'."})
-    train_level_beta: float = field(default=2.0, metadata={"help": "Second shape parameter of 'beta'."})
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
         check_int(self, "num_generations", 2)
         check_int(self, "num_train_timesteps", 1)
-        check_choice(
-            "train_level_distribution", self.train_level_distribution, ("sampler", *get_args(LevelDistribution))
-        )
+        check_choice("train_level_distribution", self.train_level_distribution, get_args(TrainLevels))
         self.level_sampler()
 
     def level_sampler(self) -> LevelSampler | None:
         """The distribution of training levels; None for the levels of the rollout."""
         if self.train_level_distribution == "sampler":
             return None
-        return LevelSampler(
-            self.train_level_distribution,  # type: ignore[arg-type]
-            mean=self.train_level_mean,
-            std=self.train_level_std,
-            mode_scale=self.train_level_mode_scale,
-            value=self.train_level_value,
-            exponent=self.train_level_exponent,
-            alpha=self.train_level_alpha,
-            beta=self.train_level_beta,
-        )
+        return LevelSampler(self.train_level_distribution, mean=self.train_level_mean, std=self.train_level_std)
 
 
 class ForwardProcessTrainer(AlignmentTrainer):
@@ -221,11 +205,6 @@ class ForwardProcessTrainer(AlignmentTrainer):
             self.forward_process.noise_process, self.sampler if levels is None else levels, self.args.seed
         )
         self._iteration = 0
-
-    def _new_sampler(self) -> Sampler:
-        # The kind of a stochastic step is of no concern here, so it need not fit the scheduler.
-        scheduler = self.policy.pipeline.scheduler
-        return build_sampler(scheduler, self.args.num_inference_steps, device=self.accelerator.device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None

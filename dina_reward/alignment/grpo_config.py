@@ -53,6 +53,17 @@ class DiffusionGRPOConfig(AlignmentConfig):
         metadata={"help": "With credit 'gain': 0 counts a step's own gain, 1 all gains from there to the end."},
     )
 
+    sde_type: SDEType = field(
+        default="cps",
+        metadata={
+            "help": "Stochastic step: 'cps', 'flow_sde' or 'dance_sde' for flow matching, 'ddim' for DDPM models. CPS "
+            "leaves no noise behind."
+        },
+    )
+    eta: float = field(
+        default=0.8,
+        metadata={"help": "Noise strength of the sampler's stochastic steps (not the reward's noise level)."},
+    )
     sde_window_size: int | None = field(
         default=3, metadata={"help": "Stochastic steps per generation. None: all of sde_window_range."}
     )
@@ -99,6 +110,8 @@ class DiffusionGRPOConfig(AlignmentConfig):
             raise ValueError(
                 "train_timestep_fraction must be above 0: it is the share of stochastic steps that is trained"
             )
+        check_real(self, "eta", 0.0, math.inf)
+        check_choice("sde_type", self.sde_type, get_args(SDEType))
         check_choice("credit", self.credit, get_args(CreditAssignment))
         check_choice("sde_window_schedule", self.sde_window_schedule, get_args(WindowSchedule))
         get_objective(self.loss_type)

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from dina_reward.alignment.config import check_choice, check_int, check_real
-from dina_reward.alignment.experience import Experience, RolloutPlan
+from dina_reward.alignment.experience import Experience
 from dina_reward.alignment.forward_process import ForwardProcessConfig, ForwardProcessTrainer
 from dina_reward.alignment.objectives import ObjectiveOutput
 from dina_reward.alignment.rollout import PredictFunction
-from dina_reward.alignment.samplers import Sampler, build_sampler
-from dina_reward.alignment.steps import check_eta
 from dina_reward.likelihood import ThurstoneModel, thurstone_preference
 from dina_reward.noise import NoisePoint
 
@@ -56,9 +54,6 @@ class OnlineDPOConfig(ForwardProcessConfig):
             "noise-calibrated likelihood at reward_noise_level."
         },
     )
-    stochastic_sampling: bool = field(
-        default=False, metadata={"help": "Sample with sde_type and eta instead of deterministically."}
-    )
 
     @property
     def needs_reference(self) -> bool:
@@ -80,8 +75,6 @@ class OnlineDPOConfig(ForwardProcessConfig):
         check_int(self, "num_pairs", 1)
         if self.preference_variance is not None:
             check_real(self, "preference_variance", 0.0, float("inf"))
-        if self.stochastic_sampling:
-            check_eta(self.sde_type, self.eta)
         if 2 * self.num_pairs > self.num_generations:
             raise ValueError(
                 f"num_pairs {self.num_pairs} needs groups of at least {2 * self.num_pairs}, but num_generations is "
@@ -116,11 +109,6 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
     """
 
     args: OnlineDPOConfig
-
-    def plan(self, generation: int) -> RolloutPlan:
-        """Deterministic samples, or stochastic ones of which nothing is recorded."""
-        steps = self.args.num_inference_steps - 1 if self.args.stochastic_sampling else 0
-        return RolloutPlan(stochastic=range(steps), trained=())
 
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
         """`dpo_loss` of the pairs of one micro-batch at one draw of levels and noise."""
@@ -159,15 +147,6 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         )
         skipped = 1 - pairs.kept.mean()
         return ObjectiveOutput(output.loss, {**output.metrics, "dpo/skipped_pairs": skipped})
-
-    def _new_sampler(self) -> Sampler:
-        args = self.args
-        if not args.stochastic_sampling:
-            return super()._new_sampler()
-        scheduler = self.policy.pipeline.scheduler
-        return build_sampler(
-            scheduler, args.num_inference_steps, sde_type=args.sde_type, eta=args.eta, device=self.accelerator.device
-        )
 
     def _labels(self, experience: Experience, pairs: PreferencePairs) -> Tensor:
         labels = torch.ones_like(pairs.kept)

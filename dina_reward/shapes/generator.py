@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,7 +244,7 @@ class GeneratorTraining:
         denoiser.train()
         scenes = sample_scenes(self.num_images, "train", seed=self.seed)
         indices = torch.tensor([scene.indices for scene in scenes])
-        captions = Captions({scene.indices: row for row, scene in enumerate(all_scenes("train"))})
+        captions = {scene.indices: row for row, scene in enumerate(all_scenes("train"))}
         for number, cycle in enumerate(self.cycles):
             draws = torch.Generator().manual_seed(fold_seed(self.seed, number))
             latents = encode_images(vae, render(scenes, draws, jitter=cycle.jitter))
@@ -315,22 +315,13 @@ def train_cycle(denoiser: torch.nn.Module, loss_of: Callable[[int], Tensor], ste
     ema.copy_to(denoiser.parameters())
 
 
-@dataclass(frozen=True)
-class Captions:
-    """Rows of a table of encoded captions: one for each training scene, then the empty caption.
-
-    Args:
-        rows (dict): for the attribute indices of a scene, its row.
-    """
-
-    rows: dict[tuple[int, ...], int]
-
-
-def sample_captions(captions: Captions, scenes: Tensor, corruption: float, generator: torch.Generator) -> Tensor:
+def sample_captions(
+    captions: Mapping[tuple[int, ...], int], scenes: Tensor, corruption: float, generator: torch.Generator
+) -> Tensor:
     """Rows of the captions that training pairs with images of `scenes`: some corrupted, some empty.
 
     Args:
-        captions (Captions): the table's rows.
+        captions (Mapping): for the attribute indices of a training scene, its row; the next row is the empty caption.
         scenes (Tensor): attribute indices, shape (batch_size, 4).
         corruption (float): chance that an attribute is re-drawn.
         generator (torch.Generator): makes the draws.
@@ -339,8 +330,8 @@ def sample_captions(captions: Captions, scenes: Tensor, corruption: float, gener
         Tensor: rows, shape (batch_size,).
     """
     heard = corrupt_captions(scenes, corruption, generator)
-    rows = torch.tensor([captions.rows[tuple(row)] for row in heard.tolist()])
-    rows[torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT] = len(captions.rows)
+    rows = torch.tensor([captions[tuple(row)] for row in heard.tolist()])
+    rows[torch.rand(len(rows), generator=generator) < CAPTION_DROPOUT] = len(captions)
     return rows
 
 

@@ -123,3 +123,16 @@ def predictions(trainer: AlignmentTrainer, experience: Experience, noisy: Tensor
 def logged(trainer: AlignmentTrainer, name: str) -> list[float]:
     """Every logged value of a metric, in order."""
     return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def check_only_the_lora_is_trained(trainer: AlignmentTrainer) -> None:
+    """Trains, and asserts that gradient and change reach the LoRA and nothing else."""
+    frozen = {n: p.detach().clone() for n, p in trainer.policy.denoiser.named_parameters() if not p.requires_grad}
+    before = trained_tensors(trainer)
+    trainer.train()
+    assert all(value > 0 for value in logged(trainer, "grad_norm"))
+    parameters = dict(trainer.policy.denoiser.named_parameters())
+    assert all(
+        torch.equal(parameters[name], tensor) and parameters[name].grad is None for name, tensor in frozen.items()
+    )
+    assert any(not torch.equal(parameters[name], tensor) for name, tensor in before.items())

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from dina_reward.alignment.credit import check_scores_noisy, gains_to_go, state_scores
 from dina_reward.alignment.rollout import Rollout
 from dina_reward.alignment.samplers import build_sampler
-from dina_reward.families import Conditioning
 
 
 class NoisyReward:
@@ -43,9 +42,8 @@ def test_undiscounted_gains_telescope(states, seed):
 def test_states_are_scored_at_their_own_level():
     sampler = build_sampler(FlowMatchEulerDiscreteScheduler(shift=3.0), 6, eta=0.8)
     states = {index: torch.full((2, 4, 3, 3), float(index)) for index in (3, 1, 2)}
-    conditioning = Conditioning(torch.zeros(2, 1, 1))
     first, second = NoisyReward(), NoisyReward()
-    scores = state_scores([first, second], [1.0, 3.0], Rollout(states[1], states), sampler, ["a", "b"], conditioning)
+    scores = state_scores([first, second], [1.0, 3.0], Rollout(states[1], states), sampler, ["a", "b"], "cpu")
     assert first.levels == second.levels == [float(sampler.levels[index]) for index in (1, 2, 3)]
     expected = torch.tensor([4 * index * float(sampler.levels[index]) for index in (1, 2, 3)])
     torch.testing.assert_close(scores, expected.expand(2, 3))

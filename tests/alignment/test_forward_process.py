@@ -149,11 +149,12 @@ def test_passes_over_a_generation_have_noise_of_their_own(tmp_path):
 
 
 def test_levels_can_come_from_a_distribution(tmp_path):
-    trainer = nft_trainer(tmp_path, train_level_distribution="constant", train_level_value=0.6)
+    settings = {"train_level_distribution": "logit_normal", "train_level_mean": 1.5, "train_level_std": 1e-3}
+    trainer = nft_trainer(tmp_path, **settings)
     experience, _ = trainer.make_experience(0)
     _, point = trainer.draw(experience[0], 0, range(8))
     assert isinstance(point, NoisePoint)
-    torch.testing.assert_close(point.level, torch.full((8,), 0.6), atol=1e-3, rtol=0)
+    torch.testing.assert_close(point.level, torch.full((8,), 1.5).sigmoid(), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize(

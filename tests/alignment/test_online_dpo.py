@@ -9,6 +9,7 @@ from dina_reward.alignment.online_dpo import OnlineDPOConfig, dpo_loss, form_pai
 from dina_reward.likelihood import ThurstoneModel
 from tests.alignment.forward_helpers import (
     DDPM_SETTINGS,
+    check_only_the_lora_is_trained,
     dpo_trainer,
     embedded_run,
     forward_settings,
@@ -154,19 +155,6 @@ def test_skipped_pairs_are_counted_and_give_no_gradient(tmp_path):
     assert all(torch.equal(trained_tensors(trainer)[name], tensor) for name, tensor in before.items())
 
 
-def test_sampling_is_deterministic_unless_asked(tmp_path):
-    trainers = [dpo_trainer(tmp_path, stochastic_sampling=stochastic) for stochastic in (False, True)]
-    (deterministic, *_), (stochastic, *_) = (trainer.make_experience(0)[0] for trainer in trainers)
-    assert deterministic.rollout.stochastic == ()
-    assert stochastic.rollout.stochastic == (0, 1)
-    assert not stochastic.rollout.states
-    assert not torch.equal(deterministic.rollout.latents, stochastic.rollout.latents)
-    ddim = dpo_trainer(
-        tmp_path, pipeline=tiny_sd_pipeline(), stochastic_sampling=True, sde_type="ddim", eta=1.0, **DDPM_SETTINGS
-    )
-    assert ddim.make_experience(0)[0][0].rollout.stochastic == (0, 1)
-
-
 def test_reward_rises(tmp_path):
     trainer = dpo_trainer(tmp_path, **embedded_run(num_pairs=4, beta_dpo=10.0))
     before = trainer.evaluate()["eval_reward"]
@@ -176,16 +164,7 @@ def test_reward_rises(tmp_path):
 
 
 def test_only_the_lora_of_a_ddpm_pipeline_is_trained(tmp_path):
-    trainer = dpo_trainer(tmp_path, pipeline=tiny_sd_pipeline(), **DDPM_SETTINGS)
-    frozen = {n: p.detach().clone() for n, p in trainer.policy.denoiser.named_parameters() if not p.requires_grad}
-    before = trained_tensors(trainer)
-    trainer.train()
-    assert all(value > 0 for value in logged(trainer, "grad_norm"))
-    parameters = dict(trainer.policy.denoiser.named_parameters())
-    assert all(
-        torch.equal(parameters[name], tensor) and parameters[name].grad is None for name, tensor in frozen.items()
-    )
-    assert any(not torch.equal(parameters[name], tensor) for name, tensor in before.items())
+    check_only_the_lora_is_trained(dpo_trainer(tmp_path, pipeline=tiny_sd_pipeline(), **DDPM_SETTINGS))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +181,6 @@ def test_only_the_lora_of_a_ddpm_pipeline_is_trained(tmp_path):
         ({"label_smoothing": 0.5}, "label_smoothing must be a number"),
         ({"beta_dpo": 0}, "beta_dpo must be a number"),
         ({"min_margin": -1}, "min_margin must be a number"),
-        ({"stochastic_sampling": True, "eta": 0.0}, "eta"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, overrides, message):
