@@ -169,7 +169,8 @@ def _reference_config(model: dict[str, Any], adapter_config: dict[str, Any]) -> 
         if found != needed:
             raise CheckpointError(f"reference checkpoint with {key}={found!r}; only {needed!r} is supported")
     backbone_class = (adapter_config.get("auto_mapping") or {}).get("base_model_class")
-    by_class = {family.reference_backbone_class: family.name for family in families()}
+    classes = {family.name: family.reference_backbone_class for family in families()}
+    by_class = {backbone: name for name, backbone in classes.items() if backbone is not None}
     if backbone_class not in by_class:
         raise CheckpointError(
             f"reference checkpoint with backbone class {backbone_class!r}; supported are {sorted(by_class)}"

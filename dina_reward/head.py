@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dina_reward.families.base import FeatureSizes, TapFeatures
+from dina_reward.families import FeatureSizes, TapFeatures
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class QueryAttention(nn.Module):
     """Pre-norm cross-attention of query tokens, with a residual.
 
     With text, image and text tokens have separate softmaxes whose outputs are summed. With gates, each value is scaled
-    by a token-wise ``sigmoid`` gate that starts at one half.
+    by a token-wise ``sigmoid`` gate that starts at one half. Text tokens that a mask marks false are not read.
     """
 
     def __init__(self, width: int, num_heads: int, *, use_text: bool, gated: bool) -> None:
@@ -106,20 +106,37 @@ class QueryAttention(nn.Module):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _attend(
-        self, query: Tensor, tokens: Tensor, to_k: nn.Module, to_v: nn.Module, gate: nn.Module | None
+        self,
+        query: Tensor,
+        tokens: Tensor,
+        to_k: nn.Module,
+        to_v: nn.Module,
+        gate: nn.Module | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         value = to_v(tokens)
         if gate is not None:
             value = value * torch.sigmoid(gate(tokens))
         key, value = self._split_heads(to_k(tokens)), self._split_heads(value)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        attn_mask = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask).transpose(1, 2).flatten(2)
 
-    def forward(self, queries: Tensor, visual: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(
+        self, queries: Tensor, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> Tensor:
         query = self._split_heads(self.to_q(self.norm_q(queries)))
         mixed = self._attend(query, self.norm_v(visual), self.to_k_vis, self.to_v_vis, self.gate_vis)
         if self.use_text:
-            mixed = mixed + self._attend(query, self.norm_t(text), self.to_k_text, self.to_v_text, self.gate_text)
+            text = self.norm_t(text)
+            mixed = mixed + self._attend(query, text, self.to_k_text, self.to_v_text, self.gate_text, text_mask)
         return queries + self.to_out(mixed)
+
+
+def _merge_mask(mask: Tensor | None, num_levels: int) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = mask | ~mask.any(dim=1, keepdim=True)  # a prompt without a token reads its padding rather than nothing
+    return torch.cat(mask.chunk(num_levels), dim=1)
 
 
 class LogisticSquash(nn.Module):
@@ -193,11 +210,12 @@ class RewardHead(nn.Module):
         """
         temb = features.temb.to(self.query_tokens.dtype)
         visual = self._merge(features.visual, temb, self.layer_adapters_visual, self.agg_visual, num_levels)
-        text = None
+        text = text_mask = None
         if self.layer_adapters_text is not None and self.agg_text is not None:
             text = self._merge(features.text, temb, self.layer_adapters_text, self.agg_text, num_levels)
+            text_mask = _merge_mask(features.text_mask, num_levels)
         queries = self.query_tokens.expand(visual.shape[0], -1, -1)
-        queries = self.attn1(queries, visual, text)
+        queries = self.attn1(queries, visual, text, text_mask)
         queries = self.attn2(queries, visual)
         queries = queries + self.ff(self.norm_ff(queries))
         with torch.autocast(queries.device.type, enabled=False):

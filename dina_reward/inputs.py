@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_reward.families.base import Conditioning, ModelFamily
+from dina_reward.families import Conditioning, ModelFamily
 
 
 class NonFiniteError(ValueError):

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from dina_reward.families import Backbone, Conditioning, ModelFamily, TapFeatures, get_family
+from dina_reward.families import Backbone, Conditioning, ModelFamily, TapFeatures, family_of, get_family
 from dina_reward.head import RewardHead, RewardHeadConfig
 
 
@@ -19,7 +19,7 @@ class LatentRewardConfig:
     """Everything that turns a backbone into a reward, apart from weights and the LoRA configuration.
 
     Args:
-        family: name of the model family, e.g. ``"sd3"``.
+        family: name of the model family; `default_reward_config` fills it in.
         num_layers: blocks of the backbone that run.
         visual_taps: 1-based numbers of the blocks after which image tokens are read.
         text_taps: the same for text tokens; defaults to ``visual_taps``.
@@ -85,6 +85,28 @@ class LatentRewardConfig:
             ValueError: unknown or missing keys.
         """
         return _dataclass_from(cls, values, "reward configuration")
+
+
+def default_reward_config(model: Any, **settings: Any) -> LatentRewardConfig:
+    """Configuration of a new reward for a pipeline or denoiser: the published one for its size, or the package's rule.
+
+    Args:
+        model: a diffusers pipeline or its denoiser.
+        settings: fields of `LatentRewardConfig` that replace the defaults.
+
+    Raises:
+        ValueError: the model belongs to no supported family.
+    """
+    family = family_of(model)
+    denoiser_config = getattr(model, family.denoiser_attribute, model).config
+    defaults = family.reward_defaults(denoiser_config)
+    values: dict[str, Any] = {
+        "family": family.name,
+        "num_layers": defaults.num_layers,
+        "visual_taps": defaults.taps,
+        "head": RewardHeadConfig(width=defaults.head_width),
+    }
+    return LatentRewardConfig(**{**values, **settings})
 
 
 def _dataclass_from(cls: type, values: Mapping[str, Any], what: str) -> Any:

@@ -117,13 +117,11 @@ class NoiseProcess(ABC):
 
 
 class FlowMatchingNoise(NoiseProcess):
-    """Rectified flow, ``x_sigma = (1 - sigma) x_0 + sigma eps`` (arXiv 2209.03003): SD3, FLUX, Z-Image, Qwen-Image."""
+    """Rectified flow, ``x_sigma = (1 - sigma) x_0 + sigma eps`` (arXiv 2209.03003)."""
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> FlowMatchingNoise:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+        scheduler = flow_matching_scheduler(config)
         return cls(levels=scheduler.sigmas, timesteps=scheduler.timesteps)
 
     def signal(self, level: Tensor) -> Tensor:
@@ -142,6 +140,28 @@ class VariancePreservingNoise(NoiseProcess):
 
     def signal(self, level: Tensor) -> Tensor:
         return (1 - level**2).clamp(min=0).sqrt()
+
+
+def is_flow_matching(scheduler_config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler configuration describes flow matching: flow sigmas, or neither betas nor a DDPM prediction."""
+    if scheduler_config.get("use_flow_sigmas") or scheduler_config.get("prediction_type") == "flow_prediction":
+        return True
+    return "beta_schedule" not in scheduler_config and "beta_start" not in scheduler_config
+
+
+def flow_matching_scheduler(config: Mapping[str, Any]) -> Any:
+    """Fresh `FlowMatchEulerDiscreteScheduler` on the noise levels of any flow-matching scheduler's configuration.
+
+    Multistep solvers that were given flow sigmas (``use_flow_sigmas``: UniPC, DPM-Solver++) call their shift
+    ``flow_shift``.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if config.get("use_flow_sigmas"):
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift") or 1.0
+        )
+    return FlowMatchEulerDiscreteScheduler.from_config(dict(config))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_reward.families.base import Conditioning, ModelFamily
+from dina_reward.families import Conditioning, ModelFamily
 
 
 class PromptEncoder:
@@ -82,7 +82,7 @@ class PromptEncoder:
                 self.pipeline, chunk, max_sequence_length=self.max_sequence_length, device=device
             )
             for i, prompt in enumerate(chunk):
-                rows[prompt] = encoded[i : i + 1].map(lambda tensor: tensor.detach().clone())
+                rows[prompt] = encoded[i : i + 1].trimmed().map(lambda tensor: tensor.detach().clone())
         if self.cache_size:
             for prompt in unique:
                 self._cache[prompt] = rows[prompt]

@@ -42,6 +42,9 @@ class LatentReward(PretrainedReward):
         *,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
         noise_level: NoiseLevel | None = None,
         ensemble: Ensemble = "tokens",
         num_noise_samples: int = 1,
@@ -55,15 +58,18 @@ class LatentReward(PretrainedReward):
         """Scores clean latents without gradient.
 
         Args:
-            latents: clean latents in the family's layout, shape ``(batch, ...)``, floating point.
+            latents: clean latents as the pipeline returns them for ``output_type="latent"``, shape ``(batch, ...)``,
+                floating point. Packed latents may also be given unpacked, ``(batch, channels, height, width)``.
             prompts: one prompt per latent, or one for all.
-            prompt_embeds, pooled_prompt_embeds: encoded prompts instead, ``batch`` rows or one row for all.
+            prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask: encoded prompts instead, ``batch`` rows or one row for
+                all; which of them belong together depends on the family.
+            height, width: size of the images in pixels, needed for packed latents of images that are not square.
             noise_level: target level(s) in ``[0, 1]``; several form an ensemble. Default: the checkpoint's.
             ensemble: ``"tokens"``: the head attends over all levels' tokens at once; ``"mean"``: average of scores.
             num_noise_samples: noise draws per latent, whose scores are averaged.
             seed: an integer (row ``i`` has its own stream) or one seed per row; the same on every device.
             generator: random generator instead of a seed. With neither, torch's global random state is used.
-            noise: the noise itself; see `draw_noise`.
+            noise: the noise itself, in the layout of ``latents``; see `draw_noise`.
             share_noise: one draw for the whole batch, so that differences between rows are not noise.
             normalize: apply the checkpoint's ``(raw + score_shift) / score_scale``.
             batch_size: latents per backbone pass; does not change results.
@@ -81,6 +87,9 @@ class LatentReward(PretrainedReward):
             level_scores=False,
             prompt_embeds=prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask,
+            height=height,
+            width=width,
             noise_level=noise_level,
             ensemble=ensemble,
             num_noise_samples=num_noise_samples,
@@ -109,6 +118,9 @@ class LatentReward(PretrainedReward):
         timesteps: float | Sequence[float] | Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
         normalize: bool = False,
         batch_size: int | None = None,
     ) -> Tensor:
@@ -126,7 +138,9 @@ class LatentReward(PretrainedReward):
         """
         if (noise_level is None) == (timesteps is None):
             raise ValueError("give either `noise_level` or `timesteps`, to say how noisy the latents are")
-        conditioning, prompt_index = self._conditioning(noisy_latents, prompts, prompt_embeds, pooled_prompt_embeds)
+        noisy_latents = self._spatial(noisy_latents, height, width)
+        given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
+        conditioning, prompt_index = self._conditioning(len(noisy_latents), prompts, given)
         process = self.noise_process
         points = process.snap(noise_level) if noise_level is not None else process.from_timesteps(timesteps)  # type: ignore[arg-type]
         batch = noisy_latents.shape[0]
@@ -180,26 +194,35 @@ class LatentReward(PretrainedReward):
         # The variance is linear in sigma^2, so its average over levels is the variance at their root mean square.
         return model.probability(scores_a, scores_b, points.level.square().mean().sqrt().to(self.device))
 
-    def _conditioning(
-        self,
-        latents: Tensor,
-        prompts: str | Sequence[str] | None,
-        prompt_embeds: Tensor | None,
-        pooled_prompt_embeds: Tensor | None,
-    ) -> tuple[Conditioning, Tensor]:
-        """Checks the inputs; unique prompts and, for each latent, its prompt's position."""
+    def _spatial(self, latents: Tensor, height: int | None, width: int | None) -> Tensor:
+        """Checked latents in the family's spatial layout."""
         if self._shared is not None and self._shared.check():
             self.model.to(self.device)
-        check_latents(latents, self.family, self.config.backbone_config, self.device)
-        batch = latents.shape[0]
-        if (prompts is None) == (prompt_embeds is None):
+        denoiser_config = self.config.backbone_config
+        if isinstance(latents, Tensor):
+            latents = self.family.unpack_latents(latents, denoiser_config, height=height, width=width)
+        check_latents(latents, self.family, denoiser_config, self.device)
+        return latents
+
+    def _spatial_noise(self, noise: Tensor, latents: Tensor, height: int | None, width: int | None) -> Tensor:
+        """Noise that was given in the layout of ``latents``, with or without a dimension of draws."""
+        lead = noise.shape[: noise.ndim - latents.ndim + 1]
+        rows = noise.reshape(-1, *noise.shape[len(lead) :])
+        rows = self.family.unpack_latents(rows, self.config.backbone_config, height=height, width=width)
+        return rows.reshape(*lead, *rows.shape[1:])
+
+    def _conditioning(
+        self, batch: int, prompts: str | Sequence[str] | None, given: Conditioning | None
+    ) -> tuple[Conditioning, Tensor]:
+        """Checks what was given for the text; unique prompts and, for each latent, its prompt's position."""
+        if (prompts is None) == (given is None):
             raise ValueError("give either `prompts` or `prompt_embeds`")
         if prompts is not None:
             return self.encode_prompts(expand_prompts(prompts, batch))
-        conditioning = Conditioning(prompt_embeds, pooled_prompt_embeds)  # type: ignore[arg-type]
-        check_embeddings(conditioning, batch, self.family, self.config.backbone_config)
-        rows = torch.arange(batch) if len(conditioning) == batch else torch.zeros(batch, dtype=torch.long)
-        return conditioning, rows
+        assert given is not None
+        check_embeddings(given, batch, self.family, self.config.backbone_config)
+        rows = torch.arange(batch) if len(given) == batch else torch.zeros(batch, dtype=torch.long)
+        return given, rows
 
     def _evaluate(
         self,
@@ -209,6 +232,9 @@ class LatentReward(PretrainedReward):
         level_scores: bool,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
         noise_level: NoiseLevel | None = None,
         ensemble: Ensemble = "tokens",
         num_noise_samples: int = 1,
@@ -219,7 +245,11 @@ class LatentReward(PretrainedReward):
         normalize: bool = False,
         batch_size: int | None = None,
     ) -> tuple[Tensor, RewardOutput | None]:
-        conditioning, prompt_index = self._conditioning(latents, prompts, prompt_embeds, pooled_prompt_embeds)
+        if noise is not None and noise.ndim >= latents.ndim:
+            noise = self._spatial_noise(noise, latents, height, width)
+        latents = self._spatial(latents, height, width)
+        given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
+        conditioning, prompt_index = self._conditioning(len(latents), prompts, given)
         draws = draw_noise(
             latents,
             num_samples=num_noise_samples,
@@ -261,3 +291,9 @@ class LatentReward(PretrainedReward):
                 f"scores of rows {bad[:8]} are not finite; if the backbone runs in float16, load it in bfloat16 or float32"
             )
         return self._affine(scores, normalize)
+
+
+def _given_conditioning(embeds: Tensor | None, pooled: Tensor | None, mask: Tensor | None) -> Conditioning | None:
+    if embeds is None:
+        return None
+    return Conditioning(embeds, pooled, None if mask is None else mask.bool())

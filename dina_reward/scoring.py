@@ -43,6 +43,9 @@ class ScoreOptions(TypedDict, total=False):
 
     prompt_embeds: Tensor | None
     pooled_prompt_embeds: Tensor | None
+    prompt_embeds_mask: Tensor | None
+    height: int | None
+    width: int | None
     noise_level: NoiseLevel | None
     ensemble: Ensemble
     num_noise_samples: int

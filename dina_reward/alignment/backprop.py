@@ -24,7 +24,7 @@ from dina_reward.alignment.rewards import RewardFunction, callable_name, differe
 from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, generator_from
-from dina_reward.families.base import Conditioning
+from dina_reward.families import Conditioning
 
 
 BackpropMethod = Literal["refl", "draft", "drtune"]

@@ -25,7 +25,7 @@ from dina_reward.alignment.pictures import log_pictures
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import BatchGeometry, PromptDataset, PromptRollouts
 from dina_reward.alignment.rewards import RewardFunction, RewardSet
-from dina_reward.alignment.samplers import Sampler, build_sampler
+from dina_reward.alignment.samplers import Sampler
 from dina_reward.training.checkpointing import AtomicCheckpointMixin
 from dina_reward.training.ema import EMACallback
 
@@ -148,24 +148,24 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
 
     def _new_sampler(self) -> Sampler:
         """Sampler of the training rollouts: of deterministic steps, unless a subclass says otherwise."""
-        scheduler = self.policy.pipeline.scheduler
-        return build_sampler(scheduler, self.args.num_inference_steps, device=self.accelerator.device)
+        args = self.args
+        shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
+        return self.policy.sampler(args.num_inference_steps, shape, device=self.accelerator.device)
 
     def _new_evaluator(self, functions: EvalRewardFunction | Sequence[EvalRewardFunction]) -> HeldOutEvaluator:
         args = self.args
         assert args.eval_height is not None
         assert args.eval_width is not None
         assert args.eval_guidance_scale is not None
-        scheduler = self.policy.pipeline.scheduler
+        shape = self.policy.latent_shape(args.eval_height, args.eval_width, args.num_frames)
         return HeldOutEvaluator(
             self.policy,
             self.rewards,
             reward_weights=self.reward_weights,
             eval_reward_funcs=[functions] if callable(functions) else functions,
             output_dir=args.output_dir,
-            sampler=build_sampler(scheduler, args.eval_num_inference_steps, device=self.accelerator.device),
-            height=args.eval_height,
-            width=args.eval_width,
+            sampler=self.policy.sampler(args.eval_num_inference_steps, shape, device=self.accelerator.device),
+            latent_shape=shape,
             guidance_scale=args.eval_guidance_scale,
             batch_size=args.per_device_eval_batch_size,
             num_images=args.eval_num_images,

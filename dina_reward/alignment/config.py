@@ -50,6 +50,7 @@ class AlignmentConfig(TrainingArguments):
     )
     height: int = field(default=512, metadata={"help": "Image height in pixels."})
     width: int = field(default=512, metadata={"help": "Image width in pixels."})
+    num_frames: int = field(default=1, metadata={"help": "Frames of a video; 1 for generators of images."})
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Length that the policy's prompts are encoded to. Default: the pipeline's."}
     )
@@ -257,6 +258,7 @@ _INTEGERS = {
     "eval_width": 1,
     "hacking_window": 1,
     "height": 1,
+    "num_frames": 1,
     "width": 1,
     "reward_num_noise_samples": 1,
     "lora_rank": 1,

@@ -45,7 +45,7 @@ from dina_reward.alignment.rewards import (
 from dina_reward.alignment.rollout import sample
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
-from dina_reward.families.base import Conditioning
+from dina_reward.families import Conditioning
 from dina_reward.noise_draws import fold_seed
 
 
@@ -91,7 +91,7 @@ class HeldOutEvaluator:
         eval_reward_funcs: judges that training does not see; see `EvalRewardFunction`.
         output_dir: where the history and the pictures go.
         sampler: its deterministic steps are used; their number may differ from training.
-        height, width: of the images in pixels.
+        latent_shape: of one sample, without batch, in the family's spatial layout.
         guidance_scale: classifier-free guidance runs above 1.
         batch_size, num_images: samples made at once, on one rank, and images drawn.
         seed: of the noise.
@@ -112,8 +112,7 @@ class HeldOutEvaluator:
         eval_reward_funcs: Sequence[EvalRewardFunction],
         output_dir: str,
         sampler: Sampler,
-        height: int,
-        width: int,
+        latent_shape: Sequence[int],
         guidance_scale: float,
         batch_size: int,
         num_images: int,
@@ -137,7 +136,7 @@ class HeldOutEvaluator:
         self.accelerator = accelerator
         self.hacking = hacking
         self.on_picture = on_picture
-        self.latent_shape = policy.latent_shape(height, width)
+        self.latent_shape = tuple(latent_shape)
         self.failures: dict[str, int] = {}
 
     def evaluate(self, dataset: PromptDataset, step: int) -> EvaluationRecord:

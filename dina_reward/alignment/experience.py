@@ -21,7 +21,7 @@ from dina_reward.alignment.rewards import RewardSet
 from dina_reward.alignment.rollout import PredictFunction, Rollout, sample
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
-from dina_reward.families.base import Conditioning
+from dina_reward.families import Conditioning
 from dina_reward.noise_draws import fold_seed
 
 
@@ -131,7 +131,7 @@ class ExperienceMaker:
         self.args = args
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
-        self.latent_shape = policy.latent_shape(args.height, args.width)
+        self.latent_shape = policy.latent_shape(args.height, args.width, args.num_frames)
         self.reward_calls = 0
 
     @torch.no_grad()

@@ -13,7 +13,9 @@ from dina_reward.alignment.policy_weights import LORA_WEIGHTS_NAME as LORA_WEIGH
 from dina_reward.alignment.policy_weights import load_full, load_lora, save_full, save_lora
 from dina_reward.alignment.quantization import is_quantized, quantize_blocks
 from dina_reward.alignment.rollout import PredictFunction
-from dina_reward.families.base import Conditioning, ModelFamily, family_of
+from dina_reward.alignment.samplers import Sampler, build_sampler
+from dina_reward.alignment.steps import SDEType
+from dina_reward.families import Conditioning, ModelFamily, family_of
 from dina_reward.training.sharding import ExactTimesteps, exchange, local, slice_like, trainable_parameters
 
 
@@ -88,9 +90,29 @@ class Policy:
         dtype: torch.dtype = self.denoiser.dtype  # type: ignore[assignment]
         return dtype
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one latent without its batch dimension."""
-        return self.family.latent_shape(self.pipeline, height, width, self.denoiser.config)  # type: ignore[arg-type]
+    def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
+        """Shape of one latent without its batch dimension, in the family's spatial layout."""
+        config: Any = self.denoiser.config
+        return self.family.latent_shape(self.pipeline, height, width, config, num_frames)
+
+    def sampler(
+        self,
+        num_inference_steps: int,
+        latent_shape: Sequence[int],
+        *,
+        sde_type: SDEType | None = None,
+        eta: float = 0.0,
+        device: torch.device | str = "cpu",
+    ) -> Sampler:
+        """Sampler on the grid that the pipeline itself would use for latents of this shape; see `build_sampler`."""
+
+        def set_timesteps(scheduler: Any, steps: int) -> None:
+            self.family.set_timesteps(scheduler, steps, latent_shape)
+
+        scheduler = self.pipeline.scheduler
+        return build_sampler(
+            scheduler, num_inference_steps, sde_type=sde_type, eta=eta, device=device, set_timesteps=set_timesteps
+        )
 
     def encode(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
         """Encodes prompts in one call, cast to the denoiser's dtype."""
@@ -100,9 +122,10 @@ class Policy:
         return conditioning.to(device, self.storage_dtype)
 
     def encode_negative(self, device: torch.device, guidance_scale: float | None = None) -> Conditioning | None:
-        """The empty prompt, one row, when guidance is on (``guidance_scale``, the policy's own by default, above 1)."""
+        """The empty prompt, one row, where sampling at ``guidance_scale`` (by default the policy's own) needs it."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return self.encode([""], device) if scale > 1 else None
+        config: Any = self.denoiser.config
+        return self.encode([""], device) if self.family.uses_negative_prompt(config, scale) else None
 
     def bind(
         self,
@@ -115,7 +138,7 @@ class Policy:
 
         Args:
             conditioning: one row per latent.
-            negative: the single row of `encode_negative`; ignored without guidance.
+            negative: the single row of `encode_negative`; ignored where sampling at this scale takes none.
             model: the denoiser as wrapped for training (DDP, FSDP); the bare one by default.
             guidance_scale: overrides the policy's own, e.g. for evaluation or for a loss without guidance.
 
@@ -124,7 +147,7 @@ class Policy:
             ``(batch,)``, prediction (velocity, epsilon or v) in float32 of the shape of the latents.
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        expanded = None if negative is None or scale <= 1 else negative[[0] * len(conditioning)]
+        expanded = None if negative is None else negative[[0] * len(conditioning)]
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             self._keep_timesteps_exact()

@@ -14,6 +14,7 @@ BLOCK_LISTS = (
     "transformer_blocks",
     "single_transformer_blocks",
     "layers",
+    "blocks",
     "noise_refiner",
     "context_refiner",
     "down_blocks",

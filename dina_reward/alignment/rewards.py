@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from dina_reward.alignment.pictures import checked_images
 from dina_reward.alignment.prompts import columns_of
-from dina_reward.families.base import Conditioning
+from dina_reward.families import Conditioning
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +27,7 @@ Three kinds: a `LatentReward`; any callable on ``latents``; a pixel reward, whic
 Decoder = Callable[[Tensor], Tensor]
 """``latents -> images``, shape ``(batch, 3, height, width)``, in [0, 1]."""
 
-_EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds")
+_EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
 _SCORE_OPTIONS = ("noise_level", "ensemble", "num_noise_samples", "seed")
 _SHOWN_ROWS = 4
 
@@ -248,9 +248,10 @@ class RewardSet:
     """The reward functions of a run with what they are told besides the samples.
 
     Every function is called by keyword with those of these arguments that its signature names: ``latents``, ``prompts``,
-    ``images``, ``prompt_embeds``, ``pooled_prompt_embeds`` (None where the family has none), ``seed`` (one integer per
-    row), ``noise_level``, ``ensemble``, ``num_noise_samples``, and the columns of the prompt dataset. A `LatentReward`
-    fits as it is. Latents are decoded, once per batch, only if a function names ``images``.
+    ``images``, ``prompt_embeds``, ``pooled_prompt_embeds``, ``prompt_embeds_mask`` (None where the family has none),
+    ``seed`` (one integer per row), ``noise_level``, ``ensemble``, ``num_noise_samples``, and the columns of the prompt
+    dataset. A `LatentReward` fits as it is. Latents are in the spatial layout of the family, and decoded, once per batch,
+    only if a function names ``images``.
 
     A function returns one finite number per row, or None for rows (or all) that it does not apply to. Anything else stops
     the run with a `RewardError`, unless the function is marked with `optional_reward`.
@@ -330,6 +331,7 @@ class RewardSet:
             "latents": latents,
             "prompt_embeds": conditioning.prompt_embeds,
             "pooled_prompt_embeds": conditioning.pooled_prompt_embeds,
+            "prompt_embeds_mask": conditioning.prompt_embeds_mask,
             "seed": list(seeds),
         }
 

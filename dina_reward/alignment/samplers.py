@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ from dina_reward.alignment.steps import (
     log_prob,
     transition,
 )
+from dina_reward.noise import flow_matching_scheduler, is_flow_matching
+
+
+SetTimesteps = Callable[[Any, int], None]
+"""``set_timesteps(fresh scheduler, num_inference_steps)``: the grid a pipeline would use, on the CPU."""
 
 
 class Sampler(ABC):
@@ -99,21 +104,29 @@ class FlowSampler(Sampler):
         sde_type: SDEType = "cps",
         eta: float = 0.0,
         device: torch.device | str = "cpu",
+        set_timesteps: SetTimesteps | None = None,
     ) -> FlowSampler:
         """Copies the grid that a fresh scheduler of this configuration makes; ``scheduler`` itself is not altered.
 
         The sigmas are never recomputed: with a static shift, `set_timesteps` shifts its end point a second time.
+        Multistep solvers with flow sigmas (UniPC, DPM-Solver++) give their grid, on which Euler steps are taken.
 
         Raises:
-            ValueError: the scheduler shifts by image size.
+            ValueError: the scheduler shifts by image size, and ``set_timesteps`` is not given.
         """
-        fresh = type(scheduler).from_config(scheduler.config)
-        if fresh.config.get("use_dynamic_shifting"):
+        fresh = flow_matching_scheduler(scheduler.config)
+        if scheduler.config.get("use_flow_sigmas"):
+            last = 1 - 1 / scheduler.config.num_train_timesteps
+            fresh.set_timesteps(sigmas=torch.linspace(last, 0, num_inference_steps + 1)[:-1].tolist(), device="cpu")
+        elif set_timesteps is not None:
+            set_timesteps(fresh, num_inference_steps)
+        elif fresh.config.get("use_dynamic_shifting"):
             raise ValueError(
-                "this scheduler has use_dynamic_shifting=True, which depends on the image size. Give the pipeline a "
-                "scheduler with a fixed `shift` and use_dynamic_shifting=False"
+                "this scheduler has use_dynamic_shifting=True, so its grid depends on the image size: use "
+                "`Policy.sampler`, which knows it, or pass `set_timesteps=`"
             )
-        fresh.set_timesteps(num_inference_steps, device="cpu")
+        else:
+            fresh.set_timesteps(num_inference_steps, device="cpu")
         return cls(
             fresh.sigmas.to("cpu", torch.float32, copy=True),
             fresh.timesteps.to(device, torch.float32, copy=True),
@@ -210,11 +223,6 @@ class DDIMSampler(Sampler):
         return gaussian_log_prob(transition, next_latents)
 
 
-def is_flow_matching(scheduler_config: Mapping[str, Any] | Any) -> bool:
-    """Whether a scheduler configuration describes flow matching: it has neither betas nor a prediction type of DDPM."""
-    return "beta_schedule" not in scheduler_config and "beta_start" not in scheduler_config
-
-
 def build_sampler(
     scheduler: Any,
     num_inference_steps: int,
@@ -222,6 +230,7 @@ def build_sampler(
     sde_type: SDEType | None = None,
     eta: float = 0.0,
     device: torch.device | str = "cpu",
+    set_timesteps: SetTimesteps | None = None,
 ) -> Sampler:
     """Sampler that fits a pipeline's scheduler, on a fresh grid.
 
@@ -230,6 +239,7 @@ def build_sampler(
         num_inference_steps: sampler steps.
         sde_type: kind of the stochastic steps; by default ``"ddim"`` for DDPM models and ``"cps"`` for flow matching.
         eta: strength of their noise; 0 if only deterministic steps are taken.
+        set_timesteps: grid of a flow-matching scheduler that shifts by image size.
 
     Raises:
         ValueError: the kind does not fit the scheduler, or ``eta`` does not fit the kind.
@@ -243,5 +253,7 @@ def build_sampler(
     if eta:
         check_eta(kind, eta)
     if flow:
-        return FlowSampler.from_scheduler(scheduler, num_inference_steps, sde_type=kind, eta=eta, device=device)
+        return FlowSampler.from_scheduler(
+            scheduler, num_inference_steps, sde_type=kind, eta=eta, device=device, set_timesteps=set_timesteps
+        )
     return DDIMSampler.from_scheduler(scheduler, num_inference_steps, eta=eta, device=device)

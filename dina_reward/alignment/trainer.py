@@ -19,7 +19,7 @@ from dina_reward.alignment.objectives import ObjectiveOutput, ObjectiveSettings,
 from dina_reward.alignment.prompts import PromptDataset
 from dina_reward.alignment.rewards import RewardFunction
 from dina_reward.alignment.rollout import sde_window, trained_steps
-from dina_reward.alignment.samplers import Sampler, build_sampler
+from dina_reward.alignment.samplers import Sampler
 from dina_reward.training.checkpointing import CheckpointedCallback
 
 
@@ -54,9 +54,10 @@ class DiffusionGRPOTrainer(AlignmentTrainer):
             check_scores_noisy(self.rewards.functions)
 
     def _new_sampler(self) -> Sampler:
-        args, scheduler = self.args, self.policy.pipeline.scheduler
-        return build_sampler(
-            scheduler, args.num_inference_steps, sde_type=args.sde_type, eta=args.eta, device=self.accelerator.device
+        args = self.args
+        shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
+        return self.policy.sampler(
+            args.num_inference_steps, shape, sde_type=args.sde_type, eta=args.eta, device=self.accelerator.device
         )
 
     def plan(self, generation: int) -> RolloutPlan:

@@ -1,28 +1,26 @@
-"""Model families: one file per kind of generator."""
+"""Model families: one file per kind of generator. Every module in this directory is imported, so a new file is enough."""
 
-from dina_reward.families import sd3 as _sd3  # noqa: F401  (registers the family)
-from dina_reward.families import stable_diffusion as _stable_diffusion  # noqa: F401
-from dina_reward.families.base import (
-    Backbone,
-    Conditioning,
-    FeatureSizes,
-    ModelFamily,
-    TapFeatures,
-    families,
-    family_of,
-    get_family,
-    register_family,
-)
+import importlib
+import pkgutil
 
+from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults
+from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
+from dina_reward.families.registry import families, family_of, family_of_class, get_family, register_family
+
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"{__name__}.{_module}")
 
 __all__ = [
     "Backbone",
     "Conditioning",
     "FeatureSizes",
     "ModelFamily",
+    "RewardDefaults",
     "TapFeatures",
     "families",
     "family_of",
+    "family_of_class",
     "get_family",
     "register_family",
 ]

@@ -1,104 +1,77 @@
-"""What a model family has to say about itself, and the registry that finds it from a diffusers class.
+"""What a model family has to say about itself.
 
 A family is everything the package knows about one kind of generator: how prompts become conditioning, how its latents
 are laid out, which noise process it uses, how its denoiser is called (policy side) and tapped (reward side).
+
+Inside the package latents are always in the *spatial layout*, ``(batch, channels, height, width)``, for videos
+``(batch, channels, frames, height, width)``: it says which shape an image has. Families whose pipelines return packed
+latents convert them at the door.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dina_reward.noise import NoiseProcess
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Encoded prompts of a batch: every tensor has the prompt index as its first dimension.
-
-    Args:
-        prompt_embeds (`Tensor`): token embeddings, shape ``(batch, length, channels)``.
-        pooled_prompt_embeds (`Tensor`, *optional*): pooled embeddings, shape ``(batch, pooled_channels)``.
-    """
-
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.prompt_embeds.shape[0]
-
-    def map(self, function: Any) -> Conditioning:
-        """Applies a tensor function to every tensor."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Conditioning(**{name: None if value is None else function(value) for name, value in values.items()})  # type: ignore[arg-type]
-
-    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
-        """`Tensor.to` on every tensor."""
-        return self.map(lambda tensor: tensor.to(*args, **kwargs))
-
-    def __getitem__(self, index: slice | Tensor | list[int]) -> Conditioning:
-        """Rows of every tensor."""
-        return self.map(lambda tensor: tensor[index])
-
-    @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Concatenates batches of equal token length."""
-        values: dict[str, Tensor | None] = {}
-        for f in fields(Conditioning):
-            tensors = [getattr(part, f.name) for part in parts]
-            values[f.name] = None if tensors[0] is None else torch.cat(tensors)
-        return Conditioning(**values)  # type: ignore[arg-type]
+from dina_reward.families.autoencoding import decode_kl, encode_kl
+from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
+from dina_reward.families.layout import check_embeds, check_layout
+from dina_reward.noise import FlowMatchingNoise, NoiseProcess
 
 
 @dataclass(frozen=True)
-class TapFeatures:
-    """Hidden states that a reward head reads.
+class RewardDefaults:
+    """Shape of a reward for a model of some size.
 
     Args:
-        visual (`list[Tensor]`): one tensor per visual tap, shape ``(rows, image_tokens, channels)``.
-        text (`list[Tensor]`): one tensor per text tap, shape ``(rows, text_tokens, channels)``.
-        temb (`Tensor`): the model's timestep (and pooled text) conditioning, shape ``(rows, channels)``.
+        num_layers: blocks to run.
+        taps: 1-based numbers of the blocks to read.
+        head_width: width of the head; ``None`` takes the backbone's hidden size.
+        lora_rank: rank of the LoRA; alpha is twice that.
+        published: whether these values are from a published reward rather than this package's rule.
     """
 
-    visual: list[Tensor]
-    text: list[Tensor]
-    temb: Tensor
+    num_layers: int
+    taps: tuple[int, ...]
+    head_width: int | None = None
+    lora_rank: int = 64
+    published: bool = False
 
-
-@dataclass(frozen=True)
-class FeatureSizes:
-    """Channel counts of `TapFeatures`.
-
-    Args:
-        hidden (`int` or `tuple[int, ...]`): of the image tokens: one number for all blocks, or one per block.
-        temb (`int`): of ``temb``.
-        text (`int`, *optional*): of the text tokens; default: ``hidden``.
-    """
-
-    hidden: int | tuple[int, ...]
-    temb: int
-    text: int | None = None
-
-    def at(self, blocks: Sequence[int]) -> FeatureSizes:
-        """Sizes of the features of these blocks alone (1-based numbers); ``hidden`` then has one entry per tap."""
-        if isinstance(self.hidden, int):
-            return self
-        return replace(self, hidden=tuple(self.hidden[block - 1] for block in blocks))
+    @classmethod
+    def first_half(cls, blocks: int, hidden: int) -> RewardDefaults:
+        """The rule where nothing is published: half of the blocks, read after each third; a head of at most 1536."""
+        depth = max(1, blocks // 2)
+        taps = sorted({max(1, round(depth * third / 3)) for third in (1, 2, 3)})
+        return cls(depth, tuple(taps), head_width=min(hidden, 1536))
 
 
 class Backbone(nn.Module, ABC):
     """Truncated view of a denoiser: its own module tree, the first N blocks, features tapped after chosen blocks.
 
     Sub-modules keep the names they have in the diffusers model, so adapters trained on either side fit the other.
+
+    Args:
+        denoiser: the diffusers model, or a clone of its module tree.
+        num_layers: blocks to run.
+        visual_taps, text_taps: 1-based numbers of the blocks after which image / text tokens are read.
     """
 
     gradient_checkpointing: bool = False
+
+    def __init__(
+        self, denoiser: Any, *, num_layers: int, visual_taps: Sequence[int], text_taps: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.visual_taps = tuple(visual_taps)
+        self.text_taps = tuple(text_taps)
 
     @abstractmethod
     def forward(
@@ -107,60 +80,170 @@ class Backbone(nn.Module, ABC):
         """Runs the blocks.
 
         Args:
-            latents (`Tensor`): noisy latents in the family's layout, shape ``(rows, ...)``.
+            latents (`Tensor`): noisy latents in the spatial layout, shape ``(rows, ...)``.
             timestep (`Tensor`): scheduler timesteps, shape ``(rows,)``, float32.
             conditioning (`Conditioning`): encoded *unique* prompts.
             prompt_index (`Tensor`, *optional*): for every row its prompt's position in ``conditioning``, shape
                 ``(rows,)``, int64. Without it, row ``i`` uses prompt ``i``.
         """
 
+    def run(self, block: nn.Module, *inputs: Any, **named_inputs: Any) -> Any:
+        """Calls a block; with gradient checkpointing its activations are recomputed in the backward pass."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, **named_inputs)
+        return block(*inputs, **named_inputs)
+
 
 class ModelFamily(ABC):
-    """Model-specific knowledge, as methods without state.
+    """Model-specific knowledge, as methods without state. What is not abstract has the default of most flow transformers.
 
     Class attributes:
         name: short name that is written into checkpoints.
-        denoiser_classes: names of the diffusers denoiser classes of this family.
+        denoiser_classes: names of the diffusers denoiser classes of this family; the first one loads weights.
         pipeline_classes: names of the diffusers pipeline classes of this family.
         denoiser_attribute: name of the denoiser in a pipeline and of its sub-folder in a model repository.
-        policy_lora_targets: LoRA targets for fine-tuning the generator.
+        block_lists: attributes of the denoiser that hold its blocks, in the order in which they run.
+        layer_keys: the denoiser settings that count the blocks of each list.
+        signature_keys: denoiser settings that the first blocks depend on; models that agree in them are interchangeable.
+        backbone_class: the truncated view.
         reward_lora_targets: LoRA targets for the reward's backbone.
-        reference_backbone_class: backbone class name that reference checkpoints record.
+        policy_lora_targets: LoRA targets for fine-tuning the generator.
+        reference_backbone_class: backbone class name that reference checkpoints record, if there are any.
+        has_frames: whether latents have a frame dimension.
     """
 
     name: ClassVar[str]
     denoiser_classes: ClassVar[tuple[str, ...]]
     pipeline_classes: ClassVar[tuple[str, ...]]
     denoiser_attribute: ClassVar[str] = "transformer"
-    policy_lora_targets: ClassVar[tuple[str, ...]]
-    reward_lora_targets: ClassVar[tuple[str, ...]]
-    reference_backbone_class: ClassVar[str]
+    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    layer_keys: ClassVar[tuple[str, ...]] = ("num_layers",)
+    signature_keys: ClassVar[tuple[str, ...]]
+    backbone_class: ClassVar[type[Backbone]]
+    reward_lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    policy_lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    reference_backbone_class: ClassVar[str | None] = None
+    has_frames: ClassVar[bool] = False
 
-    @abstractmethod
+    # --- what a model is -----------------------------------------------------------------------------------------
+
+    def matches(self, denoiser_config: Mapping[str, Any]) -> bool:
+        """Whether a denoiser of one of `denoiser_classes` is of this family, where families share a class."""
+        return True
+
+    def num_blocks(self, denoiser_config: Mapping[str, Any]) -> int:
+        """Blocks that a reward could run."""
+        return sum(int(denoiser_config[key]) for key in self.layer_keys)
+
     def backbone_signature(self, denoiser_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         """Settings of a denoiser that its first ``num_layers`` blocks depend on; equal signatures are interchangeable."""
+        return {key: denoiser_config.get(key) for key in self.signature_keys}
 
-    @abstractmethod
+    def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:
+        """Channel counts of the features, block by block where blocks differ."""
+        width = int(denoiser_config["num_attention_heads"]) * int(denoiser_config["attention_head_dim"])
+        return FeatureSizes(hidden=width, temb=width)
+
+    def reward_defaults(self, denoiser_config: Mapping[str, Any]) -> RewardDefaults:
+        """Shape of a reward on this model when nothing else is asked for."""
+        hidden = self.feature_sizes(denoiser_config).hidden
+        width = hidden if isinstance(hidden, int) else max(hidden)
+        return RewardDefaults.first_half(self.num_blocks(denoiser_config), width)
+
+    # --- noise ---------------------------------------------------------------------------------------------------
+
     def noise_process(self, scheduler_config: Mapping[str, Any]) -> NoiseProcess:
         """The noise process of a training scheduler with this configuration."""
+        return FlowMatchingNoise.from_scheduler_config(scheduler_config)
 
-    @abstractmethod
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, latent_shape: Sequence[int]) -> None:
+        """Gives a fresh scheduler the grid that the family's pipeline would, on the CPU.
+
+        Args:
+            latent_shape: shape of one latent in the spatial layout; schedules that shift by image size depend on it.
+        """
+        scheduler.set_timesteps(num_inference_steps, device="cpu")
+
+    # --- latents -------------------------------------------------------------------------------------------------
+
     def latent_channels(self, denoiser_config: Mapping[str, Any]) -> int:
-        """Channels of a latent."""
+        """Channels of a latent in the spatial layout."""
+        return int(denoiser_config["in_channels"])
 
-    @abstractmethod
+    def latent_multiple(self, denoiser_config: Mapping[str, Any]) -> int:
+        """Each side of a latent has to be a multiple of this."""
+        return int(denoiser_config.get("patch_size") or 1)
+
     def check_latents(self, latents: Tensor, denoiser_config: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` that names the fault when latents are not in the layout of this family."""
+        """Raises a `ValueError` that names the fault when latents are not in the spatial layout of this family."""
+        check_layout(
+            latents,
+            self.name,
+            channels=self.latent_channels(denoiser_config),
+            multiple=self.latent_multiple(denoiser_config),
+            frames=self.has_frames,
+        )
 
-    @abstractmethod
+    def unpack_latents(
+        self,
+        latents: Tensor,
+        denoiser_config: Mapping[str, Any],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Spatial layout of latents as the family's pipeline returns them; what is spatial already stays as it is.
+
+        Args:
+            height, width: size of the image in pixels, for packed latents that are not square.
+
+        Raises:
+            ValueError: packed latents that do not fit the size.
+        """
+        return latents
+
+    def pack_latents(self, latents: Tensor) -> Tensor:
+        """Inverse of `unpack_latents`: the layout of the family's pipeline."""
+        return latents
+
     def latent_shape(
-        self, pipeline: Any, height: int, width: int, denoiser_config: Mapping[str, Any]
+        self, pipeline: Any, height: int, width: int, denoiser_config: Mapping[str, Any], num_frames: int = 1
     ) -> tuple[int, ...]:
-        """Shape of one latent (without batch) for an image of ``height`` x ``width`` pixels."""
+        """Spatial shape of one latent (without batch) for an image of ``height`` x ``width`` pixels."""
+        if num_frames != 1:
+            raise ValueError(f"{self.name} makes images, so num_frames must be 1, got {num_frames}")
+        factor = int(pipeline.vae_scale_factor)
+        step = factor * self.latent_multiple(denoiser_config)
+        if height % step or width % step:
+            raise ValueError(f"image size {height} x {width} must be divisible by {step}")
+        return (self.latent_channels(denoiser_config), height // factor, width // factor)
+
+    def encode_images(self, pipeline: Any, images: Sequence[Image.Image]) -> Tensor:
+        """Scaled latents of images of one size, spatial layout, float32, by the pipeline's VAE."""
+        denoiser = getattr(pipeline, self.denoiser_attribute)
+        return encode_kl(pipeline, images, multiple=pipeline.vae_scale_factor * self.latent_multiple(denoiser.config))
+
+    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
+        """Images in [0, 1], by the pipeline's VAE; never called in training unless a reward asks for pixels.
+
+        Returns:
+            `Tensor`: shape ``(batch, 3, height, width)``; of videos ``(batch, frames, 3, height, width)``.
+        """
+        return decode_kl(pipeline, latents)
+
+    # --- prompts -------------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
+        """Channels of the prompt embeddings and of the pooled ones, the latter ``None`` where the model takes none."""
+
+    has_text_mask: ClassVar[bool] = False
+    """Whether the model masks padding, so that conditionings carry a ``prompt_embeds_mask``."""
+
     def check_conditioning(self, conditioning: Conditioning, denoiser_config: Mapping[str, Any]) -> None:
         """Raises a `ValueError` when prompt embeddings have the wrong rank or width, or a required one is missing."""
+        width, pooled_width = self.text_sizes(denoiser_config)
+        check_embeds(conditioning, self.name, width=width, pooled_width=pooled_width, masked=self.has_text_mask)
 
     @abstractmethod
     def encode_prompts(
@@ -173,35 +256,67 @@ class ModelFamily(ABC):
     ) -> Conditioning:
         """Encodes prompts with the pipeline's own text encoders, without gradient, no classifier-free guidance."""
 
-    @abstractmethod
-    def encode_images(self, pipeline: Any, images: Sequence[Image.Image]) -> Tensor:
-        """Scaled latents of images of one size, float32, by the pipeline's VAE."""
+    # --- reward side ---------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
-        """Images in [0, 1], shape ``(batch, 3, height, width)``, by the pipeline's VAE; never called in training."""
-
-    @abstractmethod
-    def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:
-        """Channel counts of the features, block by block where blocks differ."""
-
-    @abstractmethod
     def build_backbone(
         self, denoiser: Any, *, num_layers: int, visual_taps: Sequence[int], text_taps: Sequence[int]
     ) -> Backbone:
-        """Truncated view that uses the given denoiser's own sub-modules (not copies).
+        """Truncated view that uses the given denoiser's own sub-modules (not copies); arguments as for `Backbone`.
 
-        Args:
-            denoiser: the diffusers model, or a clone of its module tree.
-            num_layers: blocks to run.
-            visual_taps, text_taps: 1-based numbers of the blocks after which image / text tokens are read.
+        Raises:
+            ValueError: the model has fewer blocks.
         """
+        available = sum(len(getattr(denoiser, name)) for name in self.block_lists)
+        if num_layers > available:
+            raise ValueError(
+                f"the reward reads {num_layers} blocks but this {type(denoiser).__name__} has {available}; "
+                "it belongs to another model size"
+            )
+        return self.backbone_class(denoiser, num_layers=num_layers, visual_taps=visual_taps, text_taps=text_taps)
 
-    @abstractmethod
+    def truncated_config(self, denoiser_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+        """Settings with which the denoiser's class builds (at least) the first ``num_layers`` blocks alone."""
+        settings = {}
+        for key in self.layer_keys:
+            settings[key] = min(num_layers, int(denoiser_config[key]))
+            num_layers -= settings[key]
+        return settings
+
     def load_denoiser(self, model_id: str, *, num_layers: int | None = None, **kwargs: Any) -> nn.Module:
         """Loads the denoiser of a diffusers model repository, only its first ``num_layers`` blocks where possible."""
+        import diffusers
+
+        model_class = getattr(diffusers, self.denoiser_classes[0])
+        config = model_class.load_config(model_id, **config_options(kwargs))
+        settings = {} if num_layers is None else self.truncated_config(config, num_layers)
+        return model_class.from_pretrained(model_id, **settings, **kwargs)
+
+    # --- policy side ---------------------------------------------------------------------------------------------
 
     @abstractmethod
+    def denoise(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        *,
+        guidance_scale: float,
+    ) -> Tensor:
+        """One call of the denoiser, spatial layout in and out, float32: what its pipeline gives to the scheduler.
+
+        Args:
+            guidance_scale: only for models that were distilled to take it as an input.
+        """
+
+    def uses_negative_prompt(self, denoiser_config: Mapping[str, Any], guidance_scale: float) -> bool:
+        """Whether sampling at this scale runs classifier-free guidance, which takes a second, negative prediction."""
+        return guidance_scale > 1
+
+    def guide(self, negative: Tensor, positive: Tensor, guidance_scale: float) -> Tensor:
+        """Classifier-free guidance (arXiv 2207.12598): ``negative + scale (positive - negative)``."""
+        return negative + guidance_scale * (positive - negative)
+
     def predict_velocity(
         self,
         denoiser: nn.Module,
@@ -212,79 +327,44 @@ class ModelFamily(ABC):
         negative_conditioning: Conditioning | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """Policy side: the model output (velocity for flow models, epsilon or v for DDPM models), with CFG if asked.
-
-        Classifier-free guidance runs when ``guidance_scale > 1``; it then needs ``negative_conditioning``.
+        """Policy side: the model output (velocity for flow models, epsilon or v for DDPM models), with guidance if asked.
 
         Args:
-            latents: shape ``(batch, ...)``; timestep: scheduler timesteps, shape ``(batch,)``.
+            latents: spatial layout, shape ``(batch, ...)``.
+            timestep: scheduler timesteps, shape ``(batch,)``.
+            guidance_scale: classifier-free guidance runs above 1, and then needs ``negative_conditioning``; models that
+                were distilled to take the scale as an input get it instead.
 
         Returns:
             `Tensor` of the shape of ``latents``, float32.
+
+        Raises:
+            ValueError: classifier-free guidance without ``negative_conditioning``.
         """
+        if not self.uses_negative_prompt(config_of(denoiser), guidance_scale):
+            return self.denoise(denoiser, latents, timestep, conditioning, guidance_scale=guidance_scale)
+        if negative_conditioning is None:
+            raise ValueError(f"guidance_scale {guidance_scale} > 1 needs negative_conditioning")
+        both = Conditioning.cat([negative_conditioning, conditioning])
+        prediction = self.denoise(
+            denoiser,
+            torch.cat([latents, latents]),
+            torch.cat([timestep, timestep]),
+            both,
+            guidance_scale=guidance_scale,
+        )
+        negative, positive = prediction.chunk(2)
+        return self.guide(negative, positive, guidance_scale)
 
 
-def predict_with_guidance(
-    predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
-    latents: Tensor,
-    timestep: Tensor,
-    conditioning: Conditioning,
-    negative_conditioning: Conditioning | None,
-    guidance_scale: float,
-) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598), ``negative + scale (positive - negative)``, in one call of ``predict``.
-
-    At a scale of 1 or less, ``predict(latents, timestep, conditioning)`` alone.
-
-    Raises:
-        ValueError: a scale above 1 without ``negative_conditioning``.
-    """
-    if guidance_scale <= 1:
-        return predict(latents, timestep, conditioning)
-    if negative_conditioning is None:
-        raise ValueError(f"guidance_scale {guidance_scale} > 1 needs negative_conditioning")
-    both = Conditioning.cat([negative_conditioning, conditioning])
-    negative, positive = predict(torch.cat([latents, latents]), torch.cat([timestep, timestep]), both).chunk(2)
-    return negative + guidance_scale * (positive - negative)
+def config_of(denoiser: Any) -> Mapping[str, Any]:
+    """Configuration of a diffusers model inside the wrappers of distributed training."""
+    while not hasattr(denoiser, "config"):
+        denoiser = denoiser.module
+    return denoiser.config
 
 
-_FAMILIES: dict[str, ModelFamily] = {}
-
-
-def register_family(cls: type[ModelFamily]) -> type[ModelFamily]:
-    """Class decorator that makes a family known under its name and its diffusers classes."""
-    _FAMILIES[cls.name] = cls()
-    return cls
-
-
-def families() -> tuple[ModelFamily, ...]:
-    """All registered families."""
-    return tuple(_FAMILIES.values())
-
-
-def get_family(name: str) -> ModelFamily:
-    """Family by its name in a checkpoint.
-
-    Raises:
-        ValueError: no family of this name.
-    """
-    try:
-        return _FAMILIES[name]
-    except KeyError:
-        raise ValueError(f"unknown model family {name!r}; this version supports: {', '.join(_FAMILIES)}") from None
-
-
-def family_of(model: object) -> ModelFamily:
-    """Family of a diffusers pipeline or denoiser, looked up by class name along its inheritance.
-
-    Raises:
-        ValueError: the class belongs to no supported family.
-    """
-    names = {cls.__name__ for cls in type(model).__mro__}
-    for family in families():
-        if names & {*family.denoiser_classes, *family.pipeline_classes}:
-            return family
-    raise ValueError(
-        f"{type(model).__name__} belongs to no supported model family; this version supports: "
-        + "; ".join(f"{f.name} ({', '.join(f.pipeline_classes)})" for f in families())
-    )
+def config_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options of `from_pretrained` that `load_config` takes too."""
+    names = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+    return {name: value for name, value in options.items() if name in names}

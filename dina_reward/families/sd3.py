@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (Medium, Large): `SD3Transformer2DModel`, rectified flow, 16-channel unpacked latents."""
+"""Stable Diffusion 3 and 3.5 (Medium, Large): `SD3Transformer2DModel`, rectified flow, 16-channel latents."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dina_reward.families.autoencoding import decode_kl, encode_kl
-from dina_reward.families.base import (
-    Backbone,
-    Conditioning,
-    FeatureSizes,
-    ModelFamily,
-    TapFeatures,
-    predict_with_guidance,
-    register_family,
-)
-from dina_reward.noise import FlowMatchingNoise
+from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults, config_options
+from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.layout import check_layout
+from dina_reward.families.registry import register_family
 
 
 class SD3Backbone(Backbone):
@@ -29,16 +20,12 @@ class SD3Backbone(Backbone):
     The text stream's input projection runs once per unique prompt; rows pick their prompt afterwards.
     """
 
-    def __init__(
-        self, transformer: Any, *, num_layers: int, visual_taps: Sequence[int], text_taps: Sequence[int]
-    ) -> None:
-        super().__init__()
-        self.pos_embed = transformer.pos_embed
-        self.time_text_embed = transformer.time_text_embed
-        self.context_embedder = transformer.context_embedder
-        self.transformer_blocks = transformer.transformer_blocks[:num_layers]
-        self.visual_taps = tuple(visual_taps)
-        self.text_taps = tuple(text_taps)
+    def __init__(self, denoiser: Any, **taps: Any) -> None:
+        super().__init__(denoiser, **taps)
+        self.pos_embed = denoiser.pos_embed
+        self.time_text_embed = denoiser.time_text_embed
+        self.context_embedder = denoiser.context_embedder
+        self.transformer_blocks = denoiser.transformer_blocks[: self.num_layers]
 
     def forward(
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
@@ -51,17 +38,12 @@ class SD3Backbone(Backbone):
         hidden = self.pos_embed(latents).contiguous()
         visual_features, text_features = [], []
         for number, block in enumerate(self.transformer_blocks, start=1):
-            text, hidden = self._run_block(block, hidden, text, temb)
+            text, hidden = self.run(block, hidden_states=hidden, encoder_hidden_states=text, temb=temb)
             if number in self.visual_taps:
                 visual_features.append(hidden)
             if number in self.text_taps:
                 text_features.append(text)
         return TapFeatures(visual=visual_features, text=text_features, temb=temb)
-
-    def _run_block(self, block: nn.Module, hidden: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, hidden, text, temb, use_reentrant=False)
-        return block(hidden_states=hidden, encoder_hidden_states=text, temb=temb)
 
 
 @register_family
@@ -75,6 +57,18 @@ class SD3Family(ModelFamily):
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
     )
+    signature_keys = (
+        "patch_size",
+        "in_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "caption_projection_dim",
+        "pos_embed_max_size",
+        "qk_norm",
+    )
+    backbone_class = SD3Backbone
     policy_lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -98,72 +92,37 @@ class SD3Family(ModelFamily):
     reference_backbone_class = "SD3Backbone"
 
     def backbone_signature(self, denoiser_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
-        keys = (
-            "patch_size",
-            "in_channels",
-            "num_attention_heads",
-            "attention_head_dim",
-            "joint_attention_dim",
-            "pooled_projection_dim",
-            "caption_projection_dim",
-            "pos_embed_max_size",
-            "qk_norm",
-        )
         dual = [i for i in denoiser_config.get("dual_attention_layers") or () if i < num_layers]
-        return {**{key: denoiser_config.get(key) for key in keys}, "dual_attention_layers": dual}
+        return {**super().backbone_signature(denoiser_config, num_layers), "dual_attention_layers": dual}
 
-    def noise_process(self, scheduler_config: Mapping[str, Any]) -> FlowMatchingNoise:
-        return FlowMatchingNoise.from_scheduler_config(scheduler_config)
+    def reward_defaults(self, denoiser_config: Mapping[str, Any]) -> RewardDefaults:
+        if (denoiser_config["num_layers"], denoiser_config["attention_head_dim"]) == (24, 64):  # Medium
+            return RewardDefaults(12, (4, 8, 12), published=True)
+        return super().reward_defaults(denoiser_config)
 
-    def latent_channels(self, denoiser_config: Mapping[str, Any]) -> int:
-        return int(denoiser_config["in_channels"])
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, latent_shape: Sequence[int]) -> None:
+        if not scheduler.config.get("use_dynamic_shifting"):
+            super().set_timesteps(scheduler, num_inference_steps, latent_shape)
+            return
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        tokens = (latent_shape[-2] // 2) * (latent_shape[-1] // 2)
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        mu = calculate_shift(tokens, *(scheduler.config[key] for key in keys))
+        scheduler.set_timesteps(num_inference_steps, device="cpu", mu=mu)
 
     def check_latents(self, latents: Tensor, denoiser_config: Mapping[str, Any]) -> None:
-        channels, patch = self.latent_channels(denoiser_config), int(denoiser_config["patch_size"])
-        expected = f"unpacked latents of shape (batch, {channels}, height, width)"
-        if latents.ndim == 3 and latents.shape[-1] in (channels * patch * patch, 64):
-            raise ValueError(
-                f"got packed latents of shape {tuple(latents.shape)} (FLUX layout); {self.name} takes {expected}"
-            )
-        if latents.ndim != 4:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; {self.name} takes {expected}")
-        if latents.shape[1] != channels:
-            raise ValueError(
-                f"latents have {latents.shape[1]} channels (shape {tuple(latents.shape)}); {self.name} takes {expected}"
-            )
+        patch = self.latent_multiple(denoiser_config)
+        check_layout(latents, self.name, channels=self.latent_channels(denoiser_config), multiple=patch)
         limit = int(denoiser_config["pos_embed_max_size"]) * patch
-        height, width = latents.shape[-2:]
-        if height % patch or width % patch or max(height, width) > limit or min(height, width) == 0:
+        if max(latents.shape[-2:]) > limit:
             raise ValueError(
-                f"latents are {height} x {width}; each side must be a multiple of {patch} and at most {limit} "
-                "for this model's position table"
+                f"latents are {latents.shape[-2]} x {latents.shape[-1]}; each side may be at most {limit} for this model's "
+                "position table"
             )
 
-    def latent_shape(
-        self, pipeline: Any, height: int, width: int, denoiser_config: Mapping[str, Any]
-    ) -> tuple[int, ...]:
-        factor = int(pipeline.vae_scale_factor)
-        step = factor * int(denoiser_config["patch_size"])
-        if height % step or width % step:
-            raise ValueError(f"image size {height} x {width} must be divisible by {step}")
-        return (self.latent_channels(denoiser_config), height // factor, width // factor)
-
-    def check_conditioning(self, conditioning: Conditioning, denoiser_config: Mapping[str, Any]) -> None:
-        width, pooled_width = (
-            int(denoiser_config["joint_attention_dim"]),
-            int(denoiser_config["pooled_projection_dim"]),
-        )
-        embeds, pooled = conditioning.prompt_embeds, conditioning.pooled_prompt_embeds
-        if embeds.ndim != 3 or embeds.shape[-1] != width:
-            raise ValueError(
-                f"prompt_embeds have shape {tuple(embeds.shape)}; {self.name} takes (batch, length, {width})"
-            )
-        if pooled is None:
-            raise ValueError(f"{self.name} needs pooled_prompt_embeds of shape (batch, {pooled_width}) as well")
-        if pooled.shape != (embeds.shape[0], pooled_width):
-            raise ValueError(
-                f"pooled_prompt_embeds have shape {tuple(pooled.shape)}; expected {(embeds.shape[0], pooled_width)}"
-            )
+    def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
+        return int(denoiser_config["joint_attention_dim"]), int(denoiser_config["pooled_projection_dim"])
 
     @torch.no_grad()
     def encode_prompts(
@@ -185,36 +144,21 @@ class SD3Family(ModelFamily):
         )
         return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)
 
-    def encode_images(self, pipeline: Any, images: Sequence[Image.Image]) -> Tensor:
-        return encode_kl(pipeline, images, multiple=pipeline.vae_scale_factor * pipeline.patch_size)
-
-    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_kl(pipeline, latents)
-
-    def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:
-        width = int(denoiser_config["num_attention_heads"]) * int(denoiser_config["attention_head_dim"])
-        return FeatureSizes(hidden=width, temb=width)
-
     def build_backbone(
         self, denoiser: Any, *, num_layers: int, visual_taps: Sequence[int], text_taps: Sequence[int]
-    ) -> SD3Backbone:
-        available = len(denoiser.transformer_blocks)
-        if num_layers > available:
-            raise ValueError(
-                f"the reward reads {num_layers} blocks but this {type(denoiser).__name__} has {available}; "
-                "it belongs to another model size"
-            )
+    ) -> Backbone:
+        view = super().build_backbone(denoiser, num_layers=num_layers, visual_taps=visual_taps, text_taps=text_taps)
         if num_layers in text_taps and denoiser.transformer_blocks[num_layers - 1].context_pre_only:
             raise ValueError(
                 f"block {num_layers} is the model's last and returns no text tokens; "
                 f"tap text at earlier blocks than {tuple(text_taps)}"
             )
-        return SD3Backbone(denoiser, num_layers=num_layers, visual_taps=visual_taps, text_taps=text_taps)
+        return view
 
     def load_denoiser(self, model_id: str, *, num_layers: int | None = None, **kwargs: Any) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 
-        config = SD3Transformer2DModel.load_config(model_id, **_config_kwargs(kwargs))
+        config = SD3Transformer2DModel.load_config(model_id, **config_options(kwargs))
         if num_layers is None or num_layers >= config["num_layers"]:
             return SD3Transformer2DModel.from_pretrained(model_id, **kwargs)
         # The class always builds its last block without a text output, so one more block than needed is asked for
@@ -225,29 +169,19 @@ class SD3Family(ModelFamily):
         transformer.transformer_blocks = transformer.transformer_blocks[:num_layers]
         return transformer
 
-    def predict_velocity(
+    def denoise(
         self,
         denoiser: nn.Module,
         latents: Tensor,
         timestep: Tensor,
         conditioning: Conditioning,
         *,
-        negative_conditioning: Conditioning | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float,
     ) -> Tensor:
-        def predict(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-            return denoiser(
-                hidden_states=latents.to(conditioning.prompt_embeds.dtype),
-                timestep=timestep,
-                encoder_hidden_states=conditioning.prompt_embeds,
-                pooled_projections=conditioning.pooled_prompt_embeds,
-                return_dict=False,
-            )[0].float()
-
-        return predict_with_guidance(predict, latents, timestep, conditioning, negative_conditioning, guidance_scale)
-
-
-def _config_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "cache_dir", "token", "local_files_only")
-    }
+        return denoiser(
+            hidden_states=latents.to(conditioning.prompt_embeds.dtype),
+            timestep=timestep,
+            encoder_hidden_states=conditioning.prompt_embeds,
+            pooled_projections=conditioning.pooled_prompt_embeds,
+            return_dict=False,
+        )[0].float()

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dina_reward.families.autoencoding import decode_kl, encode_kl
-from dina_reward.families.base import (
-    Backbone,
-    Conditioning,
-    FeatureSizes,
-    ModelFamily,
-    TapFeatures,
-    predict_with_guidance,
-    register_family,
-)
+from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults
+from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
+from dina_reward.families.registry import register_family
 from dina_reward.noise import VariancePreservingNoise
 
-
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 LAYOUT_SETTINGS = (
     *("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "transformer_layers_per_block"),
@@ -53,15 +42,13 @@ class UNetBackbone(Backbone):
     every text tap is the prompt embeddings as given, and one is enough.
     """
 
-    def __init__(self, unet: Any, *, num_layers: int, visual_taps: Sequence[int], text_taps: Sequence[int]) -> None:
-        super().__init__()
-        self.conv_in = unet.conv_in
-        self.time_proj = unet.time_proj
-        self.time_embedding = unet.time_embedding
-        self.down_blocks = unet.down_blocks[:num_layers]
-        self.mid_block = unet.mid_block if num_layers > len(unet.down_blocks) else None
-        self.visual_taps = tuple(visual_taps)
-        self.text_taps = tuple(text_taps)
+    def __init__(self, denoiser: Any, **taps: Any) -> None:
+        super().__init__(denoiser, **taps)
+        self.conv_in = denoiser.conv_in
+        self.time_proj = denoiser.time_proj
+        self.time_embedding = denoiser.time_embedding
+        self.down_blocks = denoiser.down_blocks[: self.num_layers]
+        self.mid_block = denoiser.mid_block if self.num_layers > len(denoiser.down_blocks) else None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -74,7 +61,7 @@ class UNetBackbone(Backbone):
         text = conditioning.prompt_embeds
         if prompt_index is not None:
             text = text[prompt_index]
-        temb = self.time_embedding(self.time_proj(timestep).to(latents.dtype))
+        temb = self.embed_time(latents, timestep, conditioning, prompt_index)
         hidden = self.conv_in(latents)
         maps = []
         for number, block in enumerate(self.blocks, start=1):
@@ -84,12 +71,15 @@ class UNetBackbone(Backbone):
         visual = [_tokens(tapped, *maps[-1].shape[-2:]) for tapped in maps]
         return TapFeatures(visual=visual, text=[text] * len(self.text_taps), temb=temb)
 
+    def embed_time(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
+    ) -> Tensor:
+        """The conditioning vector of the blocks, shape ``(rows, temb channels)``."""
+        return self.time_embedding(self.time_proj(timestep).to(latents.dtype))
+
     def _run_block(self, block: nn.Module, hidden: Tensor, temb: Tensor, text: Tensor) -> Tensor:
         inputs = (hidden, temb, text) if getattr(block, "has_cross_attention", False) else (hidden, temb)
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            output = checkpoint(block, *inputs, use_reentrant=False)
-        else:
-            output = block(*inputs)
+        output = self.run(block, *inputs)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -99,80 +89,31 @@ def _tokens(hidden: Tensor, height: int, width: int) -> Tensor:
     return hidden.flatten(2).transpose(1, 2)
 
 
-@register_family
-class StableDiffusionFamily(ModelFamily):
-    """Stable Diffusion 1.x / 2.x. Stable Diffusion XL has another conditioning and is refused."""
+class UNetFamily(ModelFamily):
+    """What generators on a `UNet2DConditionModel` have in common: DDPM noise, CLIP text of one length, 4-channel latents."""
 
-    name = "stable_diffusion"
     denoiser_classes = ("UNet2DConditionModel",)
-    pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
     denoiser_attribute = "unet"
-    policy_lora_targets = ATTENTION_TARGETS
-    reward_lora_targets = ATTENTION_TARGETS
-    reference_backbone_class = "UNetBackbone"
+    backbone_class = UNetBackbone
+    plain_settings: ClassVar[Mapping[str, Any]] = PLAIN_SETTINGS
+    """Settings that say which inputs the UNet takes, with the only values supported."""
+
+    def num_blocks(self, denoiser_config: Mapping[str, Any]) -> int:
+        return len(denoiser_config["block_out_channels"]) + (denoiser_config.get("mid_block_type") is not None)
 
     def backbone_signature(self, denoiser_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
         # Whole lists, also of the blocks that do not run: a model's last down block alone has no downsampler.
-        return {key: denoiser_config.get(key) for key in (*LAYOUT_SETTINGS, *PLAIN_SETTINGS)}
+        return {key: denoiser_config.get(key) for key in (*LAYOUT_SETTINGS, *self.plain_settings)}
+
+    def reward_defaults(self, denoiser_config: Mapping[str, Any]) -> RewardDefaults:
+        blocks = self.num_blocks(denoiser_config)
+        return RewardDefaults(blocks, tuple(range(1, blocks + 1)))
 
     def noise_process(self, scheduler_config: Mapping[str, Any]) -> VariancePreservingNoise:
         return VariancePreservingNoise.from_scheduler_config(scheduler_config)
 
-    def latent_channels(self, denoiser_config: Mapping[str, Any]) -> int:
-        return int(denoiser_config["in_channels"])
-
-    def check_latents(self, latents: Tensor, denoiser_config: Mapping[str, Any]) -> None:
-        channels = self.latent_channels(denoiser_config)
-        shape, expected = tuple(latents.shape), f"latents of shape (batch, {channels}, height, width)"
-        layout = {3: "packed (FLUX layout) ", 5: "with a frame dimension (Qwen-Image or video layout) "}
-        if latents.ndim != 4 or 0 in shape or shape[1] != channels:
-            raise ValueError(f"latents {layout.get(latents.ndim, '')}have shape {shape}; {self.name} takes {expected}")
-
-    def latent_shape(
-        self, pipeline: Any, height: int, width: int, denoiser_config: Mapping[str, Any]
-    ) -> tuple[int, ...]:
-        factor = int(pipeline.vae_scale_factor)
-        if height % factor or width % factor:
-            raise ValueError(f"image size {height} x {width} must be divisible by {factor}")
-        return (self.latent_channels(denoiser_config), height // factor, width // factor)
-
-    def check_conditioning(self, conditioning: Conditioning, denoiser_config: Mapping[str, Any]) -> None:
-        width, embeds = int(denoiser_config["cross_attention_dim"]), conditioning.prompt_embeds
-        if embeds.ndim != 3 or embeds.shape[-1] != width:
-            raise ValueError(
-                f"prompt_embeds have shape {tuple(embeds.shape)}; {self.name} takes (batch, length, {width})"
-            )
-        if conditioning.pooled_prompt_embeds is not None:
-            raise ValueError(f"{self.name} takes no pooled_prompt_embeds; give prompt_embeds alone")
-
-    @torch.no_grad()
-    def encode_prompts(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        *,
-        max_sequence_length: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> Conditioning:
-        length = pipeline.tokenizer.model_max_length
-        if max_sequence_length not in (None, length):
-            raise ValueError(
-                f"max_sequence_length is {max_sequence_length}, but a {type(pipeline).__name__} pads every prompt to its "
-                f"tokenizer's {length} tokens; give {length} or None"
-            )
-        prompt_embeds, _ = pipeline.encode_prompt(
-            list(prompts),
-            device=pipeline.text_encoder.device if device is None else device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        return Conditioning(prompt_embeds=prompt_embeds)
-
-    def encode_images(self, pipeline: Any, images: Sequence[Image.Image]) -> Tensor:
-        return encode_kl(pipeline, images, multiple=pipeline.vae_scale_factor)
-
-    def decode_latents(self, pipeline: Any, latents: Tensor) -> Tensor:
-        return decode_kl(pipeline, latents)
+    def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
+        return int(denoiser_config["cross_attention_dim"]), None
 
     def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:
         widths = [int(width) for width in denoiser_config["block_out_channels"]]
@@ -184,15 +125,28 @@ class StableDiffusionFamily(ModelFamily):
 
     def build_backbone(
         self, denoiser: Any, *, num_layers: int, visual_taps: Sequence[int], text_taps: Sequence[int]
-    ) -> UNetBackbone:
-        _check_supported(denoiser.config)
+    ) -> Backbone:
+        self.check_supported(denoiser.config)
         available = len(denoiser.down_blocks) + (denoiser.mid_block is not None)
         if num_layers > available:
             raise ValueError(
                 f"the reward reads {num_layers} blocks but this {type(denoiser).__name__} has {available} "
                 "(down blocks, then the mid block); it belongs to another model size"
             )
-        return UNetBackbone(denoiser, num_layers=num_layers, visual_taps=visual_taps, text_taps=text_taps)
+        return self.backbone_class(denoiser, num_layers=num_layers, visual_taps=visual_taps, text_taps=text_taps)
+
+    def check_supported(self, config: Mapping[str, Any]) -> None:
+        """Raises a `ValueError` that lists the settings of a UNet which takes other inputs."""
+        special = {key: config[key] for key, plain in self.plain_settings.items() if config.get(key, plain) != plain}
+        if config["in_channels"] != config["out_channels"]:
+            special["in_channels"], special["out_channels"] = config["in_channels"], config["out_channels"]
+        if not isinstance(config["cross_attention_dim"], int):
+            special["cross_attention_dim"] = config["cross_attention_dim"]
+        if special:
+            raise ValueError(
+                f"this UNet has settings {special}, as inpainting, upscaling or guidance-distilled models do; {self.name} "
+                f"supports text-to-image UNets of a {self.pipeline_classes[0]} alone"
+            )
 
     def load_denoiser(self, model_id: str, *, num_layers: int | None = None, **kwargs: Any) -> nn.Module:
         from diffusers import UNet2DConditionModel
@@ -208,32 +162,52 @@ class StableDiffusionFamily(ModelFamily):
         unet.conv_norm_out = unet.conv_out = None
         return unet
 
-    def predict_velocity(
+    def check_sequence_length(self, pipeline: Any, max_sequence_length: int | None) -> None:
+        """Raises a `ValueError` for another length than the tokenizer's, to which the pipeline pads every prompt."""
+        length = pipeline.tokenizer.model_max_length
+        if max_sequence_length not in (None, length):
+            raise ValueError(
+                f"max_sequence_length is {max_sequence_length}, but a {type(pipeline).__name__} pads every prompt to its "
+                f"tokenizer's {length} tokens; give {length} or None"
+            )
+
+
+@register_family
+class StableDiffusionFamily(UNetFamily):
+    """Stable Diffusion 1.x and 2.x, epsilon- or v-prediction."""
+
+    name = "stable_diffusion"
+    pipeline_classes = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+    def matches(self, denoiser_config: Mapping[str, Any]) -> bool:
+        return denoiser_config.get("addition_embed_type") is None
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        *,
+        max_sequence_length: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Conditioning:
+        self.check_sequence_length(pipeline, max_sequence_length)
+        prompt_embeds, _ = pipeline.encode_prompt(
+            list(prompts),
+            device=pipeline.text_encoder.device if device is None else device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return Conditioning(prompt_embeds=prompt_embeds)
+
+    def denoise(
         self,
         denoiser: nn.Module,
         latents: Tensor,
         timestep: Tensor,
         conditioning: Conditioning,
         *,
-        negative_conditioning: Conditioning | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float,
     ) -> Tensor:
-        def predict(latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-            text = conditioning.prompt_embeds
-            return denoiser(latents.to(text.dtype), timestep, encoder_hidden_states=text, return_dict=False)[0].float()
-
-        return predict_with_guidance(predict, latents, timestep, conditioning, negative_conditioning, guidance_scale)
-
-
-def _check_supported(config: Mapping[str, Any]) -> None:
-    special = {key: config[key] for key, plain in PLAIN_SETTINGS.items() if config.get(key, plain) != plain}
-    if config["in_channels"] != config["out_channels"]:
-        special["in_channels"], special["out_channels"] = config["in_channels"], config["out_channels"]
-    if not isinstance(config["cross_attention_dim"], int):
-        special["cross_attention_dim"] = config["cross_attention_dim"]
-    if special:
-        raise ValueError(
-            f"this UNet has settings {special} beyond latents, timestep and prompt embeddings, as Stable Diffusion XL and "
-            "inpainting, upscaling or guidance-distilled models do; this version supports text-to-image UNets of Stable "
-            "Diffusion 1.x and 2.x"
-        )
+        text = conditioning.prompt_embeds
+        return denoiser(latents.to(text.dtype), timestep, encoder_hidden_states=text, return_dict=False)[0].float()

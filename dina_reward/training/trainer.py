@@ -162,8 +162,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
             ValueError: the latents are not in the layout of the reward's family.
             NonFiniteError: (a `ValueError`) a score is NaN or infinite.
         """
-        chosen, rejected = inputs["chosen"], inputs["rejected"]
-        self.reward.family.check_latents(chosen, self.reward.config.backbone_config)
+        chosen, rejected = (self._spatial(inputs[side]) for side in ("chosen", "rejected"))
         noised = self.noiser(chosen, rejected, step=self.state.global_step, first_position=self._first_position())
         conditioning, prompt_index = self.reward.encode_prompts(inputs["prompts"])
         scores = model(noised.latents, noised.point.timestep.repeat(2), conditioning, prompt_index.repeat(2))
@@ -177,6 +176,12 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         self._pair_metrics.update(score_chosen - score_rejected, losses, noised.point.level, inputs["p_chosen"])
         loss = (losses * inputs["weight"].to(losses)).mean()
         return (loss, {"chosen": score_chosen, "rejected": score_rejected}) if return_outputs else loss
+
+    def _spatial(self, latents: Tensor) -> Tensor:
+        family, config = self.reward.family, self.reward.config.backbone_config
+        latents = family.unpack_latents(latents, config)
+        family.check_latents(latents, config)
+        return latents
 
     def _first_position(self) -> int:
         """Position of this rank's next micro-batch within the batch of the current optimizer step, in pairs."""

@@ -16,7 +16,7 @@ from dina_reward.alignment.rewards import (
     optional_reward,
     unique_names,
 )
-from dina_reward.families.base import Conditioning
+from dina_reward.families import Conditioning
 
 
 LATENTS = torch.arange(3.0)[:, None, None, None].expand(3, 1, 2, 2)

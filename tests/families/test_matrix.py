@@ -2,114 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from dina_reward import LatentReward, LatentRewardConfig
+from dina_reward import LatentReward
+from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.policy_weights import save_lora
-from dina_reward.families import Conditioning, ModelFamily, families, family_of, get_family
-from dina_reward.head import RewardHeadConfig
-from tests.tiny_models import tiny_sd3_pipeline, tiny_sd_pipeline
+from dina_reward.alignment.rollout import sample
+from dina_reward.families import families, family_of, get_family
+from dina_reward.likelihood import PreferenceLoss, ThurstoneModel
+from tests.families.row import PROMPTS, Row, Setup
+from tests.families.rows import ROWS
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the tests need to know about a family."""
-
-    name: str
-    pipeline: Callable[[], Any]
-    latents: tuple[int, ...]
-    num_layers: int
-    taps: tuple[int, ...]
-    blocks: Callable[[Any], list[nn.Module]]  # backbone -> its blocks, in the order of their numbers
-    block_output: Callable[[Any, Conditioning], tuple[Tensor, Tensor]]  # block return -> (text, image)
-    first_step: Callable[[Any, Tensor, Tensor], Tensor]  # pipeline, noise, its prediction -> latents after one step
-    pixels_per_side: int  # images are cut to a multiple of this
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline's call
-
-
-def euler_step(pipeline: Any, noise: Tensor, velocity: Tensor) -> Tensor:
-    sigma, end = pipeline.scheduler.sigmas[:2]
-    return noise + (end - sigma) * velocity
-
-
-def ddim_step(pipeline: Any, noise: Tensor, epsilon: Tensor) -> Tensor:
-    signal, end = pipeline.scheduler.alphas_cumprod[pipeline.scheduler.timesteps[:2]]
-    clean = (noise - (1 - signal).sqrt() * epsilon) / signal.sqrt()
-    return end.sqrt() * clean + (1 - end).sqrt() * epsilon
-
-
-def unet_output(output: Any, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
-    hidden = output[0] if isinstance(output, tuple) else output
-    return conditioning.prompt_embeds, hidden.flatten(2).transpose(1, 2)
-
-
-ROWS = [
-    Row(
-        "sd3",
-        tiny_sd3_pipeline,
-        (2, 16, 8, 8),
-        num_layers=2,
-        taps=(1, 2),
-        blocks=lambda backbone: list(backbone.transformer_blocks),
-        block_output=lambda output, _: output,
-        first_step=euler_step,
-        pixels_per_side=16,
-        arguments={"max_sequence_length": 16},
-    ),
-    Row(
-        "stable_diffusion",
-        tiny_sd_pipeline,
-        (2, 4, 8, 8),
-        num_layers=3,
-        taps=(1, 2, 3),
-        blocks=lambda backbone: [*backbone.down_blocks, backbone.mid_block],
-        block_output=unet_output,
-        first_step=ddim_step,
-        pixels_per_side=8,
-    ),
-]
+CPU = torch.device("cpu")
 
 
 def test_every_family_has_a_row() -> None:
     assert {row.name for row in ROWS} == {family.name for family in families()}
 
 
-@dataclass
-class Setup:
-    """A family with a tiny pipeline and inputs for one call."""
-
-    row: Row
-    family: ModelFamily
-    pipeline: Any
-    latents: Tensor
-    timestep: Tensor
-    conditioning: Conditioning
-
-    @property
-    def denoiser(self) -> Any:
-        return getattr(self.pipeline, self.family.denoiser_attribute)
-
-    def backbone(self) -> Any:
-        return self.family.build_backbone(
-            self.denoiser, num_layers=self.row.num_layers, visual_taps=self.row.taps, text_taps=self.row.taps
-        )
-
-
 @pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.name)
 def setup(request: pytest.FixtureRequest) -> Setup:
-    row, pipeline = request.param, request.param.pipeline()
-    family = get_family(row.name)
-    latents = torch.randn(row.latents, generator=torch.Generator().manual_seed(0))
-    conditioning = family.encode_prompts(pipeline, ["a cat", "two dogs"], max_sequence_length=16)
-    return Setup(row, family, pipeline, latents, torch.tensor([250.0, 800.0]), conditioning)
+    return Setup.of(request.param)
 
 
 def test_found_from_pipeline_and_denoiser(setup: Setup) -> None:
@@ -117,22 +37,34 @@ def test_found_from_pipeline_and_denoiser(setup: Setup) -> None:
     assert family_of(setup.denoiser) is setup.family
 
 
+def test_unknown_family_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="unknown model family 'sd9'; this version supports: "):
+        get_family("sd9")
+    with pytest.raises(ValueError, match=r"Linear belongs to no supported.*StableDiffusion3Pipeline"):
+        family_of(torch.nn.Linear(1, 1))
+
+
+# --- backbone ------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def test_backbone_equals_the_full_model_at_the_taps(setup: Setup) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
     handles = [
-        block.register_forward_hook(
-            lambda _, __, output: seen.append(setup.row.block_output(output, setup.conditioning))
-        )
+        block.register_forward_hook(lambda _, __, output: seen.append(setup.row.block_output(output, setup)))
         for block in setup.row.blocks(setup.backbone())
     ]
-    setup.family.predict_velocity(setup.denoiser, setup.latents, setup.timestep, setup.conditioning)
+    setup.predict()
     for handle in handles:
         handle.remove()
     features = setup.backbone()(setup.latents, setup.timestep, setup.conditioning)
+    readable = torch.ones(features.text[0].shape[:2], dtype=torch.bool)
+    if features.text_mask is not None:
+        readable = features.text_mask
+        assert torch.equal(readable.sum(dim=1), setup.conditioning.token_mask.sum(dim=1))
     for tap, visual, text in zip(setup.row.taps, features.visual, features.text, strict=True):
-        assert torch.equal(text, seen[tap - 1][0])
-        assert torch.equal(visual, seen[tap - 1][1])
+        torch.testing.assert_close(text[readable], seen[tap - 1][0][readable], rtol=0, atol=1e-6)
+        torch.testing.assert_close(visual, seen[tap - 1][1], rtol=0, atol=1e-6)
     sizes = setup.family.feature_sizes(setup.denoiser.config).at(setup.row.taps)
     widths = (sizes.hidden,) * len(setup.row.taps) if isinstance(sizes.hidden, int) else sizes.hidden
     assert tuple(visual.shape[-1] for visual in features.visual) == widths
@@ -148,6 +80,7 @@ def test_prompt_index_selects_rows(setup: Setup) -> None:
     direct = backbone(setup.latents, setup.timestep, setup.conditioning[index])
     torch.testing.assert_close(picked.visual[-1], direct.visual[-1])
     torch.testing.assert_close(picked.text[-1], direct.text[-1])
+    assert picked.text_mask is None or torch.equal(picked.text_mask, direct.text_mask)
 
 
 def test_gradients_reach_the_latents_with_and_without_checkpointing(setup: Setup) -> None:
@@ -177,105 +110,97 @@ def test_partial_load_equals_the_full_model(setup: Setup, tmp_path: Path) -> Non
     attribute = setup.family.denoiser_attribute
     setup.denoiser.save_pretrained(tmp_path / attribute)
     partial = setup.family.load_denoiser(str(tmp_path), num_layers=setup.row.num_layers, subfolder=attribute)
-    backbone = setup.family.build_backbone(
-        partial, num_layers=setup.row.num_layers, visual_taps=setup.row.taps, text_taps=setup.row.taps
-    )
-    features = backbone(setup.latents, setup.timestep, setup.conditioning)
+    features = setup.backbone(partial)(setup.latents, setup.timestep, setup.conditioning)
     expected = setup.backbone()(setup.latents, setup.timestep, setup.conditioning)
     assert torch.equal(features.visual[-1], expected.visual[-1])
     assert torch.equal(features.text[-1], expected.text[-1])
     assert sum(p.numel() for p in partial.parameters()) < sum(p.numel() for p in setup.denoiser.parameters())
 
 
-@torch.no_grad()
-def test_guidance_mixes_two_predictions(setup: Setup) -> None:
-    def predict(**kwargs: Any) -> Tensor:
-        return setup.family.predict_velocity(
-            setup.denoiser, setup.latents, setup.timestep, kwargs.pop("conditioning", setup.conditioning), **kwargs
-        )
+def test_more_blocks_than_the_model_has_are_refused(setup: Setup) -> None:
+    blocks = setup.family.num_blocks(setup.denoiser.config)
+    with pytest.raises(ValueError, match=f"reads {blocks + 1} blocks but this .* has {blocks}"):
+        setup.family.build_backbone(setup.denoiser, num_layers=blocks + 1, visual_taps=(1,), text_taps=(1,))
 
-    negative = setup.conditioning[[1, 0]]
-    conditional, unconditional = predict(), predict(conditioning=negative)
-    guided = predict(negative_conditioning=negative, guidance_scale=3.0)
-    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
-    assert torch.equal(predict(negative_conditioning=negative, guidance_scale=1.0), conditional)
-    with pytest.raises(ValueError, match="needs negative_conditioning"):
-        predict(guidance_scale=3.0)
+
+# --- latents and pixels --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_prediction_equals_the_pipelines_own_first_step(setup: Setup) -> None:
-    """The pipeline's latents after its first step are those that the family's prediction leads to."""
-    shape = setup.family.latent_shape(setup.pipeline, 64, 64, setup.denoiser.config)
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
-    after: list[Tensor] = []
-
-    def remember(_: Any, step: int, __: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        after.append(kwargs["latents"])
-        return {}
-
-    setup.pipeline(
-        "a cat",
-        height=64,
-        width=64,
-        latents=noise,
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        output_type="latent",
-        callback_on_step_end=remember,
-        **setup.row.arguments,
-    )
-    prediction = setup.family.predict_velocity(
-        setup.denoiser, noise, setup.pipeline.scheduler.timesteps[:1].float(), setup.conditioning[:1]
-    )
-    expected = setup.row.first_step(setup.pipeline, noise, prediction)
-    assert float((after[0] - noise).abs().max()) > 0.1
-    torch.testing.assert_close(after[0], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_unknown_family_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown model family 'sd9'; this version supports: sd3"):
-        get_family("sd9")
-    with pytest.raises(ValueError, match=r"Linear belongs to no supported.*StableDiffusion3Pipeline"):
-        family_of(torch.nn.Linear(1, 1))
-
-
 def test_decoding_equals_the_pipelines_own(setup: Setup) -> None:
-    arguments = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, **setup.row.arguments}
+    height, width = setup.row.size
+    arguments = {"height": height, "width": width, "num_inference_steps": 1, **setup.row.arguments}
     images, latents = (
-        setup.pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments).images
+        setup.row.result(
+            setup.pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments)
+        )
         for kind in ("pt", "latent")
     )
-    torch.testing.assert_close(setup.family.decode_latents(setup.pipeline, latents), images, rtol=0, atol=1e-5)
+    spatial = setup.family.unpack_latents(latents, setup.denoiser.config, height=height, width=width)
+    assert spatial.shape[1:] == setup.latent_shape()
+    torch.testing.assert_close(setup.family.decode_latents(setup.pipeline, spatial), images, rtol=0, atol=1e-5)
 
 
+def test_packing_is_undone_by_unpacking(setup: Setup) -> None:
+    height, width = setup.row.size
+    latents = torch.randn(2, *setup.latent_shape())
+    config = setup.denoiser.config
+    packed = setup.family.pack_latents(latents)
+    assert torch.equal(setup.family.unpack_latents(packed, config, height=height, width=width), latents)
+    assert torch.equal(setup.family.unpack_latents(latents, config), latents)
+    if packed.ndim == 3:
+        with pytest.raises(ValueError, match="pass `height=` and `width=`"):
+            setup.family.unpack_latents(packed, config)
+        with pytest.raises(ValueError, match="do not belong to an image of 64 x 64 pixels"):
+            setup.family.unpack_latents(packed, config, height=64, width=64)
+
+
+@torch.no_grad()
 def test_images_and_latents_round_trip_in_shape(setup: Setup) -> None:
-    shape = setup.family.latent_shape(setup.pipeline, 64, 64, setup.denoiser.config)
+    shape = setup.latent_shape()
+    (height, width), side = setup.row.size, setup.row.pixels_per_side
     pixels = setup.family.decode_latents(setup.pipeline, torch.randn(2, *shape))
-    assert pixels.shape == (2, 3, 64, 64)
+    assert pixels.shape[-3:] == (3, height, width)
     assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
-    images = setup.pipeline.image_processor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
+    images = [_picture(frame) for frame in (pixels[:, 0] if pixels.ndim == 5 else pixels)]
     latents = setup.family.encode_images(setup.pipeline, images)
-    assert latents.shape == (2, *shape)
+    assert latents.shape[-2:] == shape[-2:]
     assert latents.dtype == torch.float32
     setup.family.check_latents(latents, setup.denoiser.config)
-    side = setup.row.pixels_per_side
-    odd = setup.family.encode_images(setup.pipeline, [images[0].resize((64 + side - 1, 64 + side // 2))])
-    assert odd.shape == (1, *shape)
+    odd = setup.family.encode_images(setup.pipeline, [images[0].resize((width + side - 1, height + side // 2))])
+    assert odd.shape[1:] == latents.shape[1:]
     with pytest.raises(ValueError, match="must have one size"):
         setup.family.encode_images(setup.pipeline, [images[0], images[0].resize((32, 32))])
     with pytest.raises(ValueError, match=f"at least {side} x {side}"):
         setup.family.encode_images(setup.pipeline, [images[0].resize((side // 2, side // 2))])
 
 
-def reward_config(setup: Setup) -> LatentRewardConfig:
-    return LatentRewardConfig(
-        family=setup.row.name,
-        num_layers=setup.row.num_layers,
-        visual_taps=setup.row.taps,
-        head=RewardHeadConfig(num_attention_heads=4),
-        max_sequence_length=16,
-    )
+def _picture(pixels: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((pixels.permute(1, 2, 0) * 255).round().byte().numpy())
+
+
+@pytest.mark.parametrize("other", ROWS, ids=lambda row: row.name)
+def test_latents_of_another_layout_are_refused(setup: Setup, other: Row) -> None:
+    if other.latents[1] == setup.row.latents[1] and len(other.latents) == len(setup.row.latents):
+        setup.family.check_latents(torch.zeros(other.latents), setup.denoiser.config)  # nothing tells the two apart
+        return
+    with pytest.raises(ValueError, match=setup.row.name):
+        setup.family.check_latents(torch.zeros(other.latents), setup.denoiser.config)
+
+
+# --- the reward ----------------------------------------------------------------------------------------------------
+
+
+def trained_reward(setup: Setup, **options: Any) -> LatentReward:
+    """A reward whose LoRA is not a no-op."""
+    reward = LatentReward.from_config(setup.reward_config(), pipeline=setup.pipeline, **options)
+    with torch.no_grad():
+        for name, parameter in reward.model.trainable_state().items():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    return reward
 
 
 def add_policy_lora(setup: Setup, pipeline: Any) -> Any:
@@ -289,27 +214,93 @@ def add_policy_lora(setup: Setup, pipeline: Any) -> Any:
     return denoiser
 
 
+def test_scores_are_deterministic_and_do_not_depend_on_the_batch(setup: Setup) -> None:
+    reward = trained_reward(setup).eval()
+    latents = torch.cat([setup.latents, setup.latents.flip(-1)])
+    prompts, seeds = [*PROMPTS, PROMPTS[0], "x"], [3, 4, 5, 6]
+    scores = reward(latents, prompts, seed=seeds)
+    assert torch.equal(scores, reward(latents, prompts, seed=seeds))
+    assert len(set(scores.tolist())) == 4
+    torch.testing.assert_close(reward(latents, prompts, seed=seeds, batch_size=3), scores, rtol=0, atol=1e-5)
+    alone = torch.cat([reward(latents[i : i + 1], prompts[i], seed=seeds[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(alone, scores, rtol=0, atol=1e-5)
+    height, width = setup.row.latents[-2] * 8, setup.row.latents[-1] * 8
+    packed = setup.family.pack_latents(latents)
+    if packed.ndim != latents.ndim:
+        height, width = (
+            side * setup.row.pixels_per_side // setup.family.latent_multiple(setup.denoiser.config)
+            for side in setup.row.latents[-2:]
+        )
+        torch.testing.assert_close(
+            reward(packed, prompts, seed=seeds, height=height, width=width), scores, rtol=0, atol=1e-6
+        )
+
+
+def test_merging_changes_speed_and_not_scores(setup: Setup) -> None:
+    reward = trained_reward(setup)
+    state = {name: tensor.clone() for name, tensor in reward.model.state_dict().items()}
+    reward.model.eval()
+    apart = reward(setup.latents, PROMPTS, seed=0)
+    reward.merge_lora()
+    assert reward.merged
+    torch.testing.assert_close(reward(setup.latents, PROMPTS, seed=0), apart, rtol=0, atol=1e-5)
+    reward.unmerge_lora()
+    for name, tensor in reward.model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-6)
+
+
+def test_bfloat16_backbone_with_float32_scores(setup: Setup) -> None:
+    exact = trained_reward(setup).eval()
+    rounded = trained_reward(setup, torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in rounded.model.trainable_state().values()} == {torch.float32}
+    assert rounded.model.dtype == torch.bfloat16
+    scores, expected = (reward(setup.latents, PROMPTS, seed=0) for reward in (rounded.eval(), exact))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.1)
+
+
+def test_a_training_step_lowers_the_loss(setup: Setup) -> None:
+    reward = LatentReward.from_config(setup.reward_config(), pipeline=setup.pipeline)
+    reward.model.enable_gradient_checkpointing()
+    parameters = list(reward.model.trainable_state().values())
+    optimizer, loss_function = torch.optim.AdamW(parameters, lr=1e-3), PreferenceLoss("thurstone_nll", ThurstoneModel())
+    losses = []
+    for _ in range(2):
+        better, worse = (
+            reward.score_noisy(side, PROMPTS, noise_level=0.4) for side in (setup.latents, -setup.latents)
+        )
+        loss = loss_function.per_pair(better, worse, torch.full((2,), 0.4), torch.ones(2)).mean()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+    assert all(parameter.grad is not None for parameter in reward.model.head.parameters())
+    lora = [p for name, p in reward.model.trainable_state().items() if "lora_B" in name]
+    assert sum(float(p.grad.abs().sum()) > 0 for p in lora if p.grad is not None) == len(lora)
+
+
 def test_shared_reward_agrees_with_its_own_copy_and_spares_the_generator(setup: Setup, tmp_path: Path) -> None:
-    pipeline, prompts = setup.row.pipeline(), ["a cat", "two dogs"]
+    pipeline = setup.row.pipeline()
     denoiser = add_policy_lora(setup, pipeline)
     with torch.no_grad():
-        before = setup.family.predict_velocity(denoiser, setup.latents, setup.timestep, setup.conditioning)
+        before = setup.predict(denoiser)
     state = {name: tensor.clone() for name, tensor in denoiser.state_dict().items()}
     flags = {name: parameter.requires_grad for name, parameter in denoiser.named_parameters()}
     modules = [(name, type(module), module.training) for name, module in denoiser.named_modules()]
 
-    shared = LatentReward.from_config(reward_config(setup), pipeline=pipeline, share_backbone=True)
+    shared = LatentReward.from_config(setup.reward_config(), pipeline=pipeline, share_backbone=True)
     with torch.no_grad():
         for name, parameter in shared.model.trainable_state().items():
             if "lora_B" in name:
                 parameter.fill_(0.05)
     latents = setup.latents.clone().requires_grad_()
-    scores = shared.score(latents, prompts, seed=0).scores
+    scores = shared.score(latents, PROMPTS, seed=0).scores
     scores.sum().backward()
     assert float(latents.grad.abs().sum()) > 0  # type: ignore[union-attr]
 
     with torch.no_grad():
-        after = setup.family.predict_velocity(denoiser, setup.latents, setup.timestep, setup.conditioning)
+        after = setup.predict(denoiser)
     assert torch.equal(before, after)
     assert all(torch.equal(tensor, state[name]) for name, tensor in denoiser.state_dict().items())
     assert {name: parameter.requires_grad for name, parameter in denoiser.named_parameters()} == flags
@@ -321,20 +312,99 @@ def test_shared_reward_agrees_with_its_own_copy_and_spares_the_generator(setup: 
 
     shared.save_pretrained(tmp_path / "reward")
     standalone = LatentReward.from_pretrained(tmp_path / "reward", pipeline=setup.pipeline)
-    torch.testing.assert_close(standalone(setup.latents, prompts, seed=0), scores.detach(), rtol=0, atol=1e-5)
-    untrained = LatentReward.from_config(reward_config(setup), pipeline=setup.pipeline)
-    assert not torch.allclose(untrained(setup.latents, prompts, seed=0), scores.detach(), atol=1e-4)
+    torch.testing.assert_close(standalone(setup.latents, PROMPTS, seed=0), scores.detach(), rtol=0, atol=1e-5)
+    untrained = LatentReward.from_config(setup.reward_config(), pipeline=setup.pipeline)
+    assert not torch.allclose(untrained(setup.latents, PROMPTS, seed=0), scores.detach(), atol=1e-4)
+
+
+# --- the policy ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_policy_lora_is_read_back_by_the_pipeline(setup: Setup, tmp_path: Path) -> None:
-    inputs = (setup.latents, setup.timestep, setup.conditioning)
     denoiser = add_policy_lora(setup, setup.row.pipeline())
     attribute = setup.family.denoiser_attribute
     save_lora(setup.pipeline, denoiser, str(tmp_path), attribute, "policy")
     fresh = setup.row.pipeline()
     fresh.load_lora_weights(str(tmp_path))
-    tuned = setup.family.predict_velocity(denoiser, *inputs)
-    assert float((tuned - setup.family.predict_velocity(setup.denoiser, *inputs)).abs().max()) > 1e-3
-    loaded = setup.family.predict_velocity(getattr(fresh, setup.family.denoiser_attribute), *inputs)
+    tuned = setup.predict(denoiser)
+    assert float((tuned - setup.predict()).abs().max()) > 1e-3
+    loaded = setup.predict(getattr(fresh, attribute))
     torch.testing.assert_close(loaded, tuned, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+def test_ode_rollout_equals_the_pipelines_own_output(setup: Setup, guided: bool) -> None:
+    scale, arguments = setup.row.guidance_scale, setup.row.arguments
+    if guided:
+        assert setup.row.guided is not None
+        scale, arguments = setup.row.guided
+    pipeline, (height, width) = setup.row.pipeline(), setup.row.size
+    noise = torch.randn(1, *setup.latent_shape(), generator=torch.Generator().manual_seed(3))
+    output = pipeline(
+        PROMPTS[1],
+        height=height,
+        width=width,
+        latents=setup.family.pack_latents(noise),
+        num_inference_steps=4,
+        output_type="latent",
+        **arguments,
+    )
+    policy = Policy(pipeline, rank=2, alpha=4, guidance_scale=scale, max_sequence_length=16)
+    bound = policy.bind(policy.encode([PROMPTS[1]], CPU), policy.encode_negative(CPU))
+    latents = sample(bound, noise, policy.sampler(4, noise.shape[1:])).latents
+    assert float((latents - noise).abs().max()) > 0.1
+    torch.testing.assert_close(
+        setup.family.pack_latents(latents), setup.row.result(output), rtol=0, atol=1e-5 * float(latents.abs().max())
+    )
+
+
+def test_guidance_mixes_two_predictions(setup: Setup) -> None:
+    assert setup.row.guided is not None
+    scale, negative = setup.row.guided[0], setup.conditioning[[1, 0]]
+    with torch.no_grad():
+        conditional, unconditional = setup.predict(), setup.predict(conditioning=negative)
+        guided = setup.predict(negative_conditioning=negative, guidance_scale=scale)
+    assert float((guided - conditional).abs().max()) > 1e-4
+    if not setup.row.classifier_free:
+        assert torch.equal(guided, setup.predict(guidance_scale=scale))
+        return
+    expected = setup.family.guide(unconditional, conditional, scale)
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(setup.predict(negative_conditioning=negative, guidance_scale=1.0), conditional)
+    with pytest.raises(ValueError, match="needs negative_conditioning"):
+        setup.predict(guidance_scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_replayed_log_probs_are_those_of_the_rollout_bit_for_bit(setup: Setup, dtype: torch.dtype) -> None:
+    pipeline = setup.row.pipeline().to(dtype)
+    policy = Policy(pipeline, rank=2, alpha=4, guidance_scale=setup.row.guidance_scale, max_sequence_length=16)
+    shape = setup.latents.shape[1:]
+    sampler = policy.sampler(4, shape, eta=0.7)
+    bound = policy.bind(policy.encode(PROMPTS, CPU), policy.encode_negative(CPU))
+    generator = torch.Generator().manual_seed(0)
+    noise, steps = (torch.randn(2, *lead, *shape, generator=generator) for lead in ((), (2,)))
+    rollout = sample(bound, noise.to(policy.storage_dtype), sampler, stochastic=(0, 2), step_noise=steps)
+    for index in rollout.trained:
+        state, after = rollout.states[index], rollout.states[index + 1]
+        prediction = bound(state, sampler.timesteps[index].expand(2))
+        assert prediction.requires_grad
+        step = sampler.replay_step(index, state, prediction, next_latents=after)
+        assert torch.equal(torch.exp(step.log_prob - rollout.log_probs[index]), torch.ones(2))
+        step.log_prob.sum().backward()
+    gradients = [p.grad for name, p in policy.trainable_parameters().items() if "lora_B" in name]
+    assert all(gradient is not None and bool(gradient.isfinite().all()) for gradient in gradients)
+    assert sum(float(gradient.abs().sum()) for gradient in gradients if gradient is not None) > 0
+
+
+def test_four_bit_weights_under_the_lora(setup: Setup) -> None:
+    policy = Policy(setup.row.pipeline(), rank=2, alpha=4, load_in_4bit=True)
+    with torch.no_grad():
+        exact = setup.predict()
+    prediction = setup.predict(policy.denoiser)
+    assert float((prediction - exact).norm() / exact.norm()) < 0.5
+    assert float((prediction - exact).abs().max()) > 0
+    prediction.square().sum().backward()
+    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in policy.trainable_parameters().values())

@@ -1,0 +1,155 @@
+"""FLUX.1 dev and schnell: `FluxTransformer2DModel`, rectified flow shifted by image size, 2 x 2 packed latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dina_reward.families.base import Backbone, RewardDefaults, config_of
+from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.layout import pack_2x2, unpack_2x2
+from dina_reward.families.packing import Packed2x2Family, exponential_shift
+from dina_reward.families.registry import register_family
+
+
+REWARD_GUIDANCE = 3.5
+"""What the reward's backbone is told where the model takes a guidance scale as an input."""
+
+
+def position_ids(latents: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
+    """Ids of text tokens (zeros) and image tokens (0, row, column), shapes ``(tokens, 3)``."""
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+    image = torch.zeros(rows, columns, 3, device=latents.device)
+    image[..., 1] = torch.arange(rows, device=latents.device)[:, None]
+    image[..., 2] = torch.arange(columns, device=latents.device)
+    return torch.zeros(text_tokens, 3, device=latents.device), image.flatten(0, 1)
+
+
+class FluxBackbone(Backbone):
+    """First blocks of a `FluxTransformer2DModel`: the double-stream ones, then the single-stream ones."""
+
+    def __init__(self, denoiser: Any, **taps: Any) -> None:
+        super().__init__(denoiser, **taps)
+        self.pos_embed = denoiser.pos_embed
+        self.time_text_embed = denoiser.time_text_embed
+        self.context_embedder = denoiser.context_embedder
+        self.x_embedder = denoiser.x_embedder
+        self.transformer_blocks = denoiser.transformer_blocks[: self.num_layers]
+        single = max(0, self.num_layers - len(denoiser.transformer_blocks))
+        self.single_transformer_blocks = denoiser.single_transformer_blocks[:single]
+        self.guidance_embeds = bool(denoiser.config["guidance_embeds"])
+
+    def forward(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
+    ) -> TapFeatures:
+        text = self.context_embedder(conditioning.prompt_embeds)
+        pooled = conditioning.pooled_prompt_embeds
+        if prompt_index is not None:
+            text, pooled = text[prompt_index], pooled[prompt_index]  # type: ignore[index]
+        # The model takes timesteps and guidance divided by 1000 and multiplies them again.
+        guidance = (timestep.new_full(timestep.shape, 1000 * REWARD_GUIDANCE),) if self.guidance_embeds else ()
+        temb = self.time_text_embed(timestep, *guidance, pooled)
+        rotary = self.pos_embed(torch.cat(position_ids(latents, text.shape[1])))
+        hidden = self.x_embedder(pack_2x2(latents))
+        visual_features, text_features = [], []
+        blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
+        for number, block in enumerate(blocks, start=1):
+            text, hidden = self.run(
+                block, hidden_states=hidden, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
+            )
+            if number in self.visual_taps:
+                visual_features.append(hidden)
+            if number in self.text_taps:
+                text_features.append(text)
+        return TapFeatures(visual=visual_features, text=text_features, temb=temb)
+
+
+@register_family
+class FluxFamily(Packed2x2Family):
+    """FLUX.1. Of dev, ``guidance_scale`` is an input of the model; of schnell, it is that of classifier-free guidance."""
+
+    name = "flux"
+    denoiser_classes = ("FluxTransformer2DModel",)
+    pipeline_classes = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+    layer_keys = ("num_layers", "num_single_layers")
+    signature_keys = (
+        "patch_size",
+        "in_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "guidance_embeds",
+        "axes_dims_rope",
+    )
+    backbone_class = FluxBackbone
+    policy_lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+    reward_lora_targets = policy_lora_targets
+    reference_backbone_class = "FluxBackbone"
+
+    def reward_defaults(self, denoiser_config: Mapping[str, Any]) -> RewardDefaults:
+        if denoiser_config["num_layers"] == 19:
+            return RewardDefaults(19, (8, 12, 16, 19), head_width=1536, published=True)
+        return super().reward_defaults(denoiser_config)
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, latent_shape: Sequence[int]) -> None:
+        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, device="cpu", mu=exponential_shift(scheduler, latent_shape))
+
+    def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
+        return int(denoiser_config["joint_attention_dim"]), int(denoiser_config["pooled_projection_dim"])
+
+    @torch.no_grad()
+    def encode_prompts(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        *,
+        max_sequence_length: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Conditioning:
+        limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+        prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+            prompt=list(prompts), prompt_2=None, device=device, **limit
+        )
+        return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)
+
+    def uses_negative_prompt(self, denoiser_config: Mapping[str, Any], guidance_scale: float) -> bool:
+        return guidance_scale > 1 and not denoiser_config["guidance_embeds"]
+
+    def denoise(
+        self,
+        denoiser: nn.Module,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Conditioning,
+        *,
+        guidance_scale: float,
+    ) -> Tensor:
+        latents = latents.to(conditioning.prompt_embeds.dtype)
+        text_ids, image_ids = position_ids(latents, conditioning.prompt_embeds.shape[1])
+        guided = config_of(denoiser)["guidance_embeds"]
+        prediction = denoiser(
+            hidden_states=pack_2x2(latents),
+            timestep=timestep.to(latents.dtype) / 1000,
+            guidance=timestep.new_full(timestep.shape, guidance_scale, dtype=torch.float32) if guided else None,
+            encoder_hidden_states=conditioning.prompt_embeds,
+            pooled_projections=conditioning.pooled_prompt_embeds,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        return unpack_2x2(prediction, (latents.shape[-2] // 2, latents.shape[-1] // 2)).float()
