@@ -178,13 +178,12 @@ def _loading_options(name: str) -> dict[str, Any]:
     """Reads a pipeline's index alone: refuses families that are not supported, and leaves out the safety checker."""
     import diffusers
 
-    from dina_reward.families import family_of
+    from dina_reward.families import family_of_class
 
     index = diffusers.DiffusionPipeline.load_config(name)
     pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
     if pipeline_class is not None:
-        # A family goes by the class alone; an instance without any component stands for it.
-        family_of(pipeline_class.__new__(pipeline_class))
+        family_of_class(pipeline_class)
     return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
 
 

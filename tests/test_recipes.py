@@ -87,9 +87,9 @@ def test_bad_dtype() -> None:
 
 def test_an_unsupported_family_is_refused_before_its_weights_are_fetched(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(
-        json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0"})
+        json.dumps({"_class_name": "KandinskyPipeline", "_diffusers_version": "0.36.0"})
     )
-    with pytest.raises(ValueError, match="FluxPipeline belongs to no supported model family"):
+    with pytest.raises(ValueError, match="KandinskyPipeline belongs to no supported model family"):
         recipes.load_models(arguments(model_name_or_path=str(tmp_path)), "cpu")
 
 

@@ -69,13 +69,14 @@ def check_layout(latents: Tensor, name: str, *, channels: int, multiple: int, fr
     shape = tuple(latents.shape)
     expected = f"latents of shape (batch, {channels}, {'frames, ' if frames else ''}height, width)"
     rank = 5 if frames else 4
-    if latents.ndim != rank or shape[1] != channels:
-        layout = {3: "packed ", 4: "without a frame dimension ", 5: "with a frame dimension "}
-        kind = "" if latents.ndim == rank else layout.get(latents.ndim, "")
-        raise ValueError(f"latents {kind}have shape {shape}; {name} takes {expected}")
+    if latents.ndim != rank:
+        kinds = {3: "packed latents", 4: "latents without frames", 5: "latents with a frame dimension"}
+        raise ValueError(f"got {kinds.get(latents.ndim, 'latents')} of shape {shape}; {name} takes {expected}")
+    if shape[1] != channels:
+        raise ValueError(f"latents of shape {shape} have {shape[1]} channels; {name} takes {expected}")
     height, width = shape[-2:]
     if height % multiple or width % multiple or 0 in shape:
-        raise ValueError(f"latents have shape {shape}; {name} takes sides that are multiples of {multiple}, not empty")
+        raise ValueError(f"latents have shape {shape}; {name} takes sides that are a multiple of {multiple}, not empty")
 
 
 def check_embeds(

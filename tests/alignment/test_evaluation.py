@@ -41,8 +41,7 @@ def evaluator(policy, output_dir, *judges, reward_funcs=(closeness,), weights=No
         "eval_reward_funcs": judges,
         "output_dir": str(output_dir),
         "sampler": build_sampler(policy.pipeline.scheduler, steps),
-        "height": PIXELS,
-        "width": PIXELS,
+        "latent_shape": policy.latent_shape(PIXELS, PIXELS),
         "guidance_scale": 1.0,
         "batch_size": 4,
         "num_images": 0,
@@ -191,7 +190,7 @@ def test_resolution_steps_and_guidance_are_those_of_the_evaluation(policy, tmp_p
     def score(**overrides):
         return evaluator(policy, tmp_path, **overrides).evaluate(PROMPTS[:2], 0).metrics["reward"]
 
-    evaluator(policy, tmp_path, report, width=2 * PIXELS).evaluate(PROMPTS[:2], 0)
+    evaluator(policy, tmp_path, report, latent_shape=policy.latent_shape(PIXELS, 2 * PIXELS)).evaluate(PROMPTS[:2], 0)
     plain = score()
     assert score() == plain
     assert abs(score(guidance_scale=5.0) - plain) > 1e-6

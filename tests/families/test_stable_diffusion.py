@@ -264,9 +264,9 @@ def test_prompts_are_padded_to_the_tokenizers_length(pipeline: Any) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 16, 64), r"latents packed \(FLUX layout\) have shape \(2, 16, 64\)"),
-        ((2, 4, 1, 8, 8), r"with a frame dimension .* have shape \(2, 4, 1, 8, 8\)"),
-        ((2, 16, 8, 8), r"latents have shape \(2, 16, 8, 8\).*\(batch, 4, height, width\)"),
+        ((2, 16, 64), r"got packed latents of shape \(2, 16, 64\)"),
+        ((2, 4, 1, 8, 8), r"with a frame dimension of shape \(2, 4, 1, 8, 8\)"),
+        ((2, 16, 8, 8), r"have 16 channels.*\(batch, 4, height, width\)"),
         ((4, 8, 8), "packed"),
         ((2, 4, 0, 8), "have shape"),
     ],
@@ -304,7 +304,7 @@ def test_latent_shape_and_conditioning(pipeline: Any, reward: LatentReward, late
     ids=lambda settings: next(iter(settings)),
 )
 def test_unets_with_other_inputs_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"{next(iter(settings))}.*Stable\s+Diffusion 1\.x and 2\.x"):
+    with pytest.raises(ValueError, match=rf"{next(iter(settings))}.*StableDiffusionPipeline alone"):
         build(tiny_unet(**settings), 1)
 
 
