@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dina_reward.checkpoint import CheckpointError, convert_checkpoint
     from dina_reward.evaluation import evaluate_preferences
     from dina_reward.inputs import NonFiniteError
-    from dina_reward.modeling import LatentRewardConfig, LatentRewardModel, default_lora_config
+    from dina_reward.modeling import LatentRewardConfig, LatentRewardModel, default_lora_config, default_reward_config
     from dina_reward.reward import LatentReward
     from dina_reward.scoring import RewardOutput
     from dina_reward.sharing import SharedBackboneError
@@ -37,6 +37,7 @@ _MODULES = {
     "SharedBackboneError": "sharing",
     "convert_checkpoint": "checkpoint",
     "default_lora_config": "modeling",
+    "default_reward_config": "modeling",
     "evaluate_preferences": "evaluation",
 }
 
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "convert_checkpoint",
     "default_lora_config",
+    "default_reward_config",
     "evaluate_preferences",
 ]
 

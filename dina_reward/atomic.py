@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all, whatever moment the process is killed at.
+"""Directories and files that appear whole or not at all, whatever moment the process is killed at.
 
 A directory is written under a hidden name beside its target, flushed to the disk and then renamed. Three hidden names can
 outlive a killed process; `clean_leftovers` puts them in order:
@@ -58,6 +58,28 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         replace_directory(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Writes a file so that ``path`` is always absent, the old file, or the complete new one.
+
+    The file is written under the name ``.NAME.incomplete`` beside its target, flushed to the disk and renamed. What a
+    killed process leaves under that name is overwritten by the next one that writes ``path``.
+
+    Yields:
+        `Path` to write to.
+    """
+    target = Path(os.path.abspath(path))
+    staging = incomplete_name(target)
+    try:
+        yield staging
+        _fsync(staging)
+        os.replace(staging, target)
+        _fsync(target.parent)
+    except BaseException:
+        staging.unlink(missing_ok=True)
         raise
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from dina_reward.families import Backbone, ModelFamily, family_of, get_family
 from dina_reward.modeling import LatentRewardConfig
 from dina_reward.noise import NoiseProcess
+from dina_reward.quantization import is_quantized, quantize_blocks
 from dina_reward.sharing import SharedTensors, copy_module_tree, share_module_tree
 
 
@@ -30,6 +31,7 @@ class BackboneSource:
         backbone: hub id or path of the diffusers model to load when no generator is given.
         torch_dtype: dtype the backbone computes in; default: the generator's, or float32.
         device: default: the generator's, or the CPU.
+        load_in_4bit: store the blocks' weights in 4 bits (NF4); not for a shared backbone.
         directory: checkpoint directory that relative model paths refer to.
         hub_options: ``revision`` aside, options for the hub such as ``token`` and ``cache_dir``.
     """
@@ -41,6 +43,7 @@ class BackboneSource:
     backbone: str | None = None
     torch_dtype: torch.dtype | None = None
     device: torch.device | str | None = None
+    load_in_4bit: bool = False
     directory: Path | None = None
     hub_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,6 +75,10 @@ def attach_backbone(config: LatentRewardConfig, source: BackboneSource) -> Attac
     generator = _generator(family, source)
     if generator is None and source.share_backbone:
         raise ValueError("share_backbone=True needs the generator: pass `pipeline=` or `transformer=`")
+    if source.share_backbone and source.load_in_4bit:
+        raise ValueError(
+            "load_in_4bit=True would alter the generator's weights when they are shared; use share_backbone=False"
+        )
     model_id = None if generator is not None else _model_id(config, source)
     denoiser = generator if generator is not None else _load_denoiser(family, config, source, str(model_id))
     config = _with_backbone_config(family, config, dict(denoiser.config))
@@ -89,6 +96,10 @@ def attach_backbone(config: LatentRewardConfig, source: BackboneSource) -> Attac
         view = copy_module_tree(view)
     if shared is None:
         view = view.to(device=source.device, dtype=source.torch_dtype)
+        if source.load_in_4bit:
+            quantize_blocks(view)
+        # PEFT chooses its LoRA layers for 4-bit weights by this attribute.
+        view.is_loaded_in_4bit = is_quantized(view)  # type: ignore[assignment]
     return AttachedBackbone(view.eval(), config, noise_process, shared)
 
 
@@ -168,6 +179,7 @@ def _with_backbone_config(
             details = ", ".join(f"{key}: reward {a}, backbone {b}" for key, (a, b) in different.items())
             raise ValueError(f"the backbone is not the one the reward was trained on ({details})")
         return config
+    found.pop("quantization_config", None)  # how the generator happens to be loaded
     return replace(config, backbone_config=_plain({k: v for k, v in found.items() if not k.startswith("_")}))
 
 

@@ -1,4 +1,4 @@
-"""`dina-reward`: score, train, convert, demo, info, recipes."""
+"""`dina-reward`: score, eval, cache, train, convert, demo, info, recipes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from dina_reward.cli_cache import cache
+from dina_reward.cli_eval import evaluate
 from dina_reward.cli_recipes import app as recipes_app
-from dina_reward.console import print_table, reward_path
+from dina_reward.console import print_table
 
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes_app, name="recipes")
+app.command("eval")(evaluate)
+app.command("cache")(cache)
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -127,32 +131,24 @@ def convert(
 
 
 @app.command()
-def info(reward: RewardArgument) -> None:
-    """Shows what a reward checkpoint is, without loading a backbone."""
-    from dina_reward.checkpoint import read_checkpoint, resolve_checkpoint
+def info(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A reward (directory, hub id or 'shapes'); a diffusers pipeline (directory or hub id); a diffusers class "
+            "such as FluxPipeline; or a published model such as SD3.5-Medium."
+        ),
+    ],
+    height: Annotated[int | None, typer.Option(min=1, help="Image height in pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Image width in pixels. Default: the model's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
+    flops: Annotated[bool, typer.Option(help="Count FLOPs, which takes seconds per model.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects instead of tables.")] = False,
+) -> None:
+    """Shows what a reward is, or what a reward on a generator would be and cost, without loading weights."""
+    from dina_reward.cli_info import show_info
 
-    directory = resolve_checkpoint(reward_path(reward))
-    checkpoint = read_checkpoint(directory)
-    config, lora = checkpoint.config, checkpoint.lora_config
-    parameters = {
-        "LoRA": sum(tensor.numel() for tensor in checkpoint.adapter.values()),
-        "head": sum(tensor.numel() for tensor in checkpoint.head.values()),
-    }
-    print_table(
-        str(directory),
-        ("", ""),
-        [
-            ("family", config.family),
-            ("backbone", config.backbone_model_id or "not recorded"),
-            ("blocks", f"{config.num_layers}, image taps {config.visual_taps}, text taps {config.text_taps}"),
-            ("LoRA", f"rank {lora.r}, alpha {lora.lora_alpha}, {parameters['LoRA']:,} parameters"),
-            ("head", f"{config.head.num_queries} queries, {parameters['head']:,} parameters"),
-            ("default noise level", str(config.noise_level)),
-            ("Thurstone variance", f"{config.variance_scale} sigma^2 + {config.variance_offset}"),
-            ("normalised score", f"(raw + {config.score_shift}) / {config.score_scale}"),
-            ("max sequence length", str(config.max_sequence_length or "the pipeline's")),
-        ],
-    )
+    show_info(target, height=height, width=width, num_frames=num_frames, flops=flops, as_json=as_json)
 
 
 @app.command(context_settings=_PASS_THROUGH)

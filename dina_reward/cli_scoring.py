@@ -82,23 +82,35 @@ def score_files(request: ScoreRequest) -> list[dict[str, Any]]:
 
 def load_reward_and_pipeline(request: ScoreRequest) -> tuple[LatentReward, Any]:
     """The reward, sharing the backbone of the pipeline that encodes its prompts and images."""
-    from diffusers import DiffusionPipeline
+    directory, model_id = locate_reward(request.reward, request.pipeline)
+    pipeline = load_pipeline(model_id, device=request.device, dtype=request.dtype)
+    return LatentReward.from_pretrained(directory, pipeline=pipeline, share_backbone=True), pipeline
 
-    directory = resolve_checkpoint(reward_path(request.reward))
-    model_id = request.pipeline or read_checkpoint(directory).config.backbone_model_id
+
+def locate_reward(reward: str, pipeline: str | None) -> tuple[Path, str]:
+    """Directory of a reward, and path or id of its pipeline: the one given, or the backbone that the checkpoint names."""
+    directory = resolve_checkpoint(reward_path(reward))
+    model_id = pipeline or read_checkpoint(directory).config.backbone_model_id
     if model_id is None:
         raise ValueError("the checkpoint names no backbone; give the pipeline with --pipeline")
-    if model_id.startswith(".") and request.pipeline is None:
-        model_id = str(directory / model_id)
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model_id.startswith(".") and pipeline is None:
+        model_id = str((directory / model_id).resolve())
+    return directory, model_id
+
+
+def load_pipeline(model_id: str, *, device: str | None = None, dtype: str = "float32") -> Any:
+    """A diffusers pipeline without progress bar, on the given device or on the GPU where there is one."""
+    from diffusers import DiffusionPipeline
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(model_id, torch_dtype=getattr(torch, request.dtype)).to(device)
+        pipeline = DiffusionPipeline.from_pretrained(model_id, torch_dtype=getattr(torch, dtype)).to(device)
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"cannot load the pipeline {model_id!r}: {error}. Give another one with --pipeline"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return LatentReward.from_pretrained(directory, pipeline=pipeline, share_backbone=True), pipeline
+    return pipeline
 
 
 def _read(path: Path, prompt: str, reward: LatentReward, pipeline: Any) -> list[_Item]:

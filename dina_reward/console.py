@@ -14,7 +14,7 @@ def reward_path(name: str) -> str:
         return name
     from dina_reward.shapes import weights_dir
 
-    return str(weights_dir("sd3-reward"))
+    return str(weights_dir("flow-reward"))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

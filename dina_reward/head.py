@@ -1,9 +1,14 @@
-"""The reward head: tapped hidden states and the model's time conditioning -> one score (arXiv 2602.11146)."""
+"""The reward head: tapped hidden states and the model's time conditioning -> one score (arXiv 2602.11146).
+
+Here are the configuration of all kinds of head and the kind ``query``; `dina_reward.head_registry` lists the others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,39 +17,80 @@ from torch import Tensor, nn
 from dina_reward.families import FeatureSizes, TapFeatures
 
 
+HeadKind = Literal["query", "pooled", "conv"]
+
+
 @dataclass(frozen=True)
 class RewardHeadConfig:
-    """Shape of a `RewardHead`.
+    """Shape of a reward head.
 
     Args:
+        kind: ``"query"`` attends with learned queries over the tokens (`RewardHead`), ``"pooled"`` averages the tokens of
+            each tap before an MLP (`PooledHead`), ``"conv"`` convolves them as an image (`ConvHead`).
         width: channels inside the head; ``None`` takes the backbone's hidden size, in a UNet the largest tapped one.
-        num_queries: learned query tokens.
-        num_attention_heads: attention heads; must divide ``width``.
-        project_inputs: put a linear layer before every FiLM adapter even where sizes already agree.
-        use_text_features: read text tokens as well as image tokens.
+        num_queries: learned query tokens of ``query``.
+        num_attention_heads: attention heads of ``query``; must divide ``width``.
+        project_inputs: put a linear layer before every FiLM adapter of ``query`` even where sizes already agree.
+        use_text_features: read text tokens as well as image tokens; by default ``query`` does, the others do not.
+        use_time_embedding: read the model's time conditioning, which says how noisy the latents are; by default ``query``
+            does, which cannot go without, and the others do not.
+        num_hidden_layers: hidden layers of ``pooled``, residual convolutions of ``conv``.
         dropout: dropout in the feed-forward block.
         squash: bound scores to ``(-2, 2)`` with a learned logistic curve.
     """
 
+    kind: HeadKind = "query"
     width: int | None = None
     num_queries: int = 4
     num_attention_heads: int = 8
     project_inputs: bool = False
-    use_text_features: bool = True
+    use_text_features: bool | None = None
+    use_time_embedding: bool | None = None
+    num_hidden_layers: int = 2
     dropout: float = 0.0
     squash: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(HeadKind):
+            raise ValueError(f"unknown head kind {self.kind!r}; choose one of {', '.join(get_args(HeadKind))}")
+        for name in ("use_text_features", "use_time_embedding"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.kind == "query")
+        if self.kind == "query" and not self.use_time_embedding:
+            raise ValueError("head kind 'query' needs the time embedding: its adapters are modulated by it")
+        if self.kind == "conv" and self.use_text_features:
+            raise ValueError("head kind 'conv' reads image tokens alone, since text has no place on the grid")
         if self.num_queries < 1 or self.num_attention_heads < 1:
             raise ValueError(
                 f"num_queries and num_attention_heads must be positive, got {self.num_queries}, {self.num_attention_heads}"
             )
-        if self.width is not None and (self.width % self.num_attention_heads or self.width % 4):
+        if self.num_hidden_layers < 1 or (self.width is not None and self.width < 1):
             raise ValueError(
-                f"head width {self.width} must be divisible by 4 and by num_attention_heads ({self.num_attention_heads})"
+                f"num_hidden_layers and width must be positive, got {self.num_hidden_layers} and {self.width}"
             )
+        if self.width is not None:
+            self.check_width(self.width)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    def check_width(self, width: int) -> None:
+        """Raises a `ValueError` for a width that this head cannot have."""
+        if self.kind == "query" and (width % self.num_attention_heads or width % 4):
+            raise ValueError(
+                f"head width {width} must be divisible by 4 and by num_attention_heads ({self.num_attention_heads})"
+            )
+
+
+def tap_sizes(sizes: FeatureSizes, num_visual_taps: int, num_text_taps: int) -> tuple[list[int], list[int]]:
+    """Channels of each visual and of each text tap.
+
+    Raises:
+        ValueError: ``sizes`` are of another number of visual taps.
+    """
+    visual = [sizes.hidden] * num_visual_taps if isinstance(sizes.hidden, int) else list(sizes.hidden)
+    if len(visual) != num_visual_taps:
+        raise ValueError(f"got {len(visual)} sizes of visual features for {num_visual_taps} visual taps")
+    return visual, [max(visual) if sizes.text is None else sizes.text] * num_text_taps
 
 
 class LayerAdapter(nn.Module):
@@ -153,6 +199,15 @@ class LogisticSquash(nn.Module):
         return (self.upper - self.lower) * torch.sigmoid((scores - self.center) / steepness) + self.lower
 
 
+def final_scores(linear: nn.Linear, squash: nn.Module | None, hidden: Tensor) -> Tensor:
+    """The last layer in float32 even under mixed precision: ``(..., width)`` -> ``(...)``."""
+    # The meta device, on which costs are counted, has no autocast to leave.
+    with nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
+        # Under FSDP2's mixed precision the gathered weights are bfloat16.
+        scores = F.linear(hidden.float(), linear.weight.float(), linear.bias.float()).squeeze(-1)
+        return scores if squash is None else squash(scores)
+
+
 class RewardHead(nn.Module):
     """Query tokens attend over the tapped tokens of all layers and become one score.
 
@@ -170,20 +225,15 @@ class RewardHead(nn.Module):
         self, config: RewardHeadConfig, sizes: FeatureSizes, *, num_visual_taps: int, num_text_taps: int
     ) -> None:
         super().__init__()
-        visual_sizes = (sizes.hidden,) * num_visual_taps if isinstance(sizes.hidden, int) else sizes.hidden
-        if len(visual_sizes) != num_visual_taps:
-            raise ValueError(f"got {len(visual_sizes)} sizes of visual features for {num_visual_taps} visual taps")
-        text_sizes = (max(visual_sizes) if sizes.text is None else sizes.text,) * num_text_taps
+        visual_sizes, text_sizes = tap_sizes(sizes, num_visual_taps, num_text_taps)
         width = config.width or max(visual_sizes)
-        if width % config.num_attention_heads or width % 4:
-            raise ValueError(
-                f"head width {width} must be divisible by 4 and by num_attention_heads ({config.num_attention_heads})"
-            )
+        config.check_width(width)
 
         def adapters(input_sizes: Sequence[int]) -> nn.ModuleList:
             return nn.ModuleList(LayerAdapter(size, sizes.temb, width, config.project_inputs) for size in input_sizes)
 
-        use_text = config.use_text_features
+        self.width = width
+        use_text = bool(config.use_text_features)
         self.layer_adapters_visual = adapters(visual_sizes)
         self.agg_visual = nn.Linear(num_visual_taps * (width // 4), width)
         self.layer_adapters_text = adapters(text_sizes) if use_text else None
@@ -218,10 +268,7 @@ class RewardHead(nn.Module):
         queries = self.attn1(queries, visual, text, text_mask)
         queries = self.attn2(queries, visual)
         queries = queries + self.ff(self.norm_ff(queries))
-        with torch.autocast(queries.device.type, enabled=False):
-            scores = self.head(queries.float()).squeeze(-1)
-            scores = scores if self.squash is None else self.squash(scores)
-            return scores.mean(dim=1)
+        return final_scores(self.head, self.squash, queries).mean(dim=1)
 
     def _merge(
         self,

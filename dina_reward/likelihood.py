@@ -1,20 +1,23 @@
 """Preference likelihoods: from the scores of two latents to the probability that the first is preferred, and losses.
 
 The noise-calibrated Thurstone model (arXiv 2602.11146) gives each score the variance ``var(sigma) = k sigma^2 + c``,
-so the same margin means less when the latents were read through more noise.
+so the same margin means less when the latents were read through more noise. `PreferenceModel` is the choice of likelihood
+behind one method, `PreferenceModel.probability`; the Bradley-Terry model is the alternative.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 
+LikelihoodName = Literal["thurstone", "bradley_terry"]
 PreferenceLossName = Literal["thurstone_fidelity", "thurstone_nll", "bradley_terry"]
 
 VARIANCE_EPS = 1e-6
@@ -50,8 +53,42 @@ def thurstone_preference(margin: Tensor, variance: Tensor) -> Tensor:
     return torch.special.ndtr(_standardize(margin, variance))
 
 
+def ensemble_level(noise_levels: Tensor) -> Tensor:
+    """The one level that stands for an ensemble, a scalar: the root mean square.
+
+    The Thurstone variance is linear in ``sigma^2``, so there it equals its mean over the levels.
+    """
+    return noise_levels.square().mean().sqrt()
+
+
+class PreferenceModel(ABC):
+    """From the scores of two latents to the probability that the first is preferred."""
+
+    likelihood: ClassVar[LikelihoodName]
+
+    @abstractmethod
+    def probability(self, score_a: Tensor, score_b: Tensor, noise_level: Tensor) -> Tensor:
+        """``P(a > b)``, shape ``(pairs,)``.
+
+        Args:
+            score_a, score_b (`Tensor`): raw scores, shape ``(pairs,)``.
+            noise_level (`Tensor`): level both were scored at, shape ``(pairs,)`` or a scalar; of an ensemble, its
+                `ensemble_level`.
+        """
+
+
 @dataclass(frozen=True)
-class ThurstoneModel:
+class BradleyTerryModel(PreferenceModel):
+    """``P(a > b) = 1 / (1 + exp(-(s_a - s_b)))``, whatever the noise level."""
+
+    likelihood: ClassVar[LikelihoodName] = "bradley_terry"
+
+    def probability(self, score_a: Tensor, score_b: Tensor, noise_level: Tensor) -> Tensor:
+        return torch.sigmoid(_margin(score_a, score_b))
+
+
+@dataclass(frozen=True)
+class ThurstoneModel(PreferenceModel):
     """``P(a > b) = Phi((s_a - s_b) / sqrt(2 var(sigma) + 1e-6))`` with ``var(sigma) = k sigma^2 + c`` (arXiv 2602.11146).
 
     With ``variance_scale=0`` it is the classic Thurstone model of fixed variance ``c``.
@@ -64,6 +101,8 @@ class ThurstoneModel:
         variance_scale (`float`): ``k``.
         variance_offset (`float`): ``c``.
     """
+
+    likelihood: ClassVar[LikelihoodName] = "thurstone"
 
     variance_scale: float = 2.0
     variance_offset: float = 0.05
@@ -85,13 +124,26 @@ class ThurstoneModel:
         return _standardize(margin, self.variance(noise_level.to(margin)))
 
     def probability(self, score_a: Tensor, score_b: Tensor, noise_level: Tensor) -> Tensor:
-        """``P(a > b)``, shape ``(pairs,)``.
-
-        Args:
-            score_a, score_b (`Tensor`): scores, shape ``(pairs,)``.
-            noise_level (`Tensor`): level both were scored at, shape ``(pairs,)`` or a scalar.
-        """
         return torch.special.ndtr(self.standardized_margin(score_a, score_b, noise_level))
+
+
+def preference_model(
+    likelihood: LikelihoodName, variance_scale: float = 2.0, variance_offset: float = 0.05
+) -> PreferenceModel:
+    """The likelihood of this name.
+
+    Args:
+        likelihood: ``"thurstone"`` or ``"bradley_terry"``.
+        variance_scale, variance_offset: of `ThurstoneModel`.
+
+    Raises:
+        ValueError: unknown likelihood.
+    """
+    if likelihood not in get_args(LikelihoodName):
+        raise ValueError(f"unknown likelihood {likelihood!r}; choose one of {', '.join(get_args(LikelihoodName))}")
+    if likelihood == "bradley_terry":
+        return BradleyTerryModel()
+    return ThurstoneModel(variance_scale, variance_offset)
 
 
 @dataclass(frozen=True)
@@ -164,11 +216,15 @@ class PreferenceLoss:
             self.thurstone.standardized_margin(score_chosen, score_rejected, noise_level), target
         )
 
+    @property
+    def likelihood(self) -> LikelihoodName:
+        """Name of the likelihood that this loss fits."""
+        return "bradley_terry" if self.name == "bradley_terry" else "thurstone"
+
     def probability(self, score_chosen: Tensor, score_rejected: Tensor, noise_level: Tensor) -> Tensor:
         """``P(chosen > rejected)`` under the likelihood that this loss fits, shape ``(pairs,)``."""
-        if self.name == "bradley_terry":
-            return torch.sigmoid(_margin(score_chosen, score_rejected))
-        return self.thurstone.probability(score_chosen, score_rejected, noise_level)
+        model = BradleyTerryModel() if self.likelihood == "bradley_terry" else self.thurstone
+        return model.probability(score_chosen, score_rejected, noise_level)
 
 
 def _standardize(margin: Tensor, variance: Tensor) -> Tensor:

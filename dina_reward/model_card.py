@@ -18,13 +18,15 @@ def model_card(config: LatentRewardConfig, lora_config: LoraConfig) -> str:
     header = ["library_name: dina_reward", "tags:", "- reward-model", "- diffusion", "- lora", "- arxiv:2602.11146"]
     if on_hub:
         header.insert(0, f"base_model: {backbone}")
+    variance = f"Thurstone, variance {config.variance_scale} sigma^2 + {config.variance_offset}"
     rows = [
         ("Backbone", f"`{backbone or 'not recorded'}`, first {config.num_layers} blocks"),
         ("Image taps", ", ".join(map(str, config.visual_taps))),
         ("Text taps", ", ".join(map(str, config.text_taps or ())) if config.head.use_text_features else "not read"),
+        ("Head", config.head.kind),
         ("LoRA", f"rank {lora_config.r}, alpha {lora_config.lora_alpha}"),
         ("Default noise level", config.noise_level),
-        ("Thurstone variance", f"{config.variance_scale} sigma^2 + {config.variance_offset}"),
+        ("Likelihood", variance if config.likelihood == "thurstone" else "Bradley-Terry"),
         ("Normalised score", f"(raw + {config.score_shift}) / {config.score_scale}"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -35,5 +37,5 @@ def model_card(config: LatentRewardConfig, lora_config: LoraConfig) -> str:
         f"| | |\n|---|---|\n{table}\n\n"
         "```python\nfrom dina_reward import LatentReward\n\n"
         'reward = LatentReward.from_pretrained("path/or/id", pipeline=pipe)\n'
-        'latents = pipe(prompt, output_type="latent").images\nscores = reward(latents, [prompt])\n```\n'
+        'latents = pipe(prompt=prompt, output_type="latent").images\nscores = reward(latents, [prompt])\n```\n'
     )

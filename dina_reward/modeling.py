@@ -11,7 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from dina_reward.families import Backbone, Conditioning, ModelFamily, TapFeatures, family_of, get_family
-from dina_reward.head import RewardHead, RewardHeadConfig
+from dina_reward.head import RewardHeadConfig
+from dina_reward.head_registry import build_head
+from dina_reward.likelihood import LikelihoodName, PreferenceModel, preference_model
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,13 @@ class LatentRewardConfig:
         family: name of the model family; `default_reward_config` fills it in.
         num_layers: blocks of the backbone that run.
         visual_taps: 1-based numbers of the blocks after which image tokens are read.
-        text_taps: the same for text tokens; defaults to ``visual_taps``.
+        text_taps: the same for text tokens; by default ``visual_taps``, or none if the head reads no text.
         backbone_model_id: hub id or path of the diffusers model the reward was trained on. A path that starts with
             ``.`` is relative to the checkpoint's directory.
         backbone_config: configuration of that model's denoiser, compared when a backbone is attached.
         scheduler_config: configuration of the scheduler whose grid the noise levels snap to.
         head: shape of the head.
+        likelihood: from scores to preferences: ``"thurstone"``, or ``"bradley_terry"``, which ignores the noise level.
         variance_scale, variance_offset: ``k`` and ``c`` of the Thurstone variance ``k sigma^2 + c``.
         noise_level: level, or levels of an ensemble, used when a call names none.
         score_shift, score_scale: normalised score = ``(raw + score_shift) / score_scale``.
@@ -42,6 +45,7 @@ class LatentRewardConfig:
     backbone_config: dict[str, Any] = field(default_factory=dict)
     scheduler_config: dict[str, Any] = field(default_factory=dict)
     head: RewardHeadConfig = field(default_factory=RewardHeadConfig)
+    likelihood: LikelihoodName = "thurstone"
     variance_scale: float = 2.0
     variance_offset: float = 0.05
     noise_level: float | tuple[float, ...] = 0.4
@@ -52,11 +56,13 @@ class LatentRewardConfig:
     def __post_init__(self) -> None:
         set_field = object.__setattr__
         set_field(self, "visual_taps", tuple(self.visual_taps))
-        set_field(self, "text_taps", tuple(self.visual_taps if self.text_taps is None else self.text_taps))
         if not isinstance(self.noise_level, (int, float)):
             set_field(self, "noise_level", tuple(self.noise_level))
         if isinstance(self.head, Mapping):
             set_field(self, "head", _dataclass_from(RewardHeadConfig, self.head, "head configuration"))
+        if self.text_taps is None:
+            set_field(self, "text_taps", self.visual_taps if self.head.use_text_features else ())
+        set_field(self, "text_taps", tuple(self.text_taps))  # type: ignore[arg-type]
         for name in ("visual_taps", "text_taps"):
             taps = getattr(self, name)
             if list(taps) != sorted(set(taps)) or any(not 1 <= tap <= self.num_layers for tap in taps):
@@ -72,6 +78,11 @@ class LatentRewardConfig:
                 "variance_scale must be >= 0, variance_offset and score_scale > 0, got "
                 f"{self.variance_scale}, {self.variance_offset}, {self.score_scale}"
             )
+        self.preference_model()
+
+    def preference_model(self) -> PreferenceModel:
+        """From scores to the probability of a preference."""
+        return preference_model(self.likelihood, self.variance_scale, self.variance_offset)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON."""
@@ -140,7 +151,7 @@ class LatentRewardModel(nn.Module):
         backbone.requires_grad_(False)
         self.backbone: PeftModel = get_peft_model(backbone, lora_config)
         assert config.text_taps is not None
-        self.head = RewardHead(
+        self.head = build_head(
             config.head,
             family.feature_sizes(config.backbone_config).at(config.visual_taps),
             num_visual_taps=len(config.visual_taps),
@@ -155,7 +166,9 @@ class LatentRewardModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype the backbone computes in."""
-        return next(p for name, p in self.backbone.named_parameters() if "lora_" not in name).dtype
+        return next(
+            p for name, p in self.backbone.named_parameters() if "lora_" not in name and p.is_floating_point()
+        ).dtype
 
     def trainable_state(self) -> dict[str, nn.Parameter]:
         """LoRA and head parameters by name."""
@@ -165,10 +178,15 @@ class LatentRewardModel(nn.Module):
             if name.startswith("head.") or ".lora_" in name
         }
 
-    def set_trainable(self, trainable: bool) -> None:
-        """Switches gradients of LoRA and head parameters; the base weights stay frozen."""
-        for parameter in self.trainable_state().values():
-            parameter.requires_grad_(trainable)
+    def set_trainable(self, trainable: bool, *, lora: bool = True) -> None:
+        """Switches gradients of LoRA and head parameters; the base weights stay frozen.
+
+        Args:
+            trainable: whether they get gradients.
+            lora: false leaves the LoRA frozen in any case.
+        """
+        for name, parameter in self.trainable_state().items():
+            parameter.requires_grad_(trainable and (lora or name.startswith("head.")))
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes block activations in the backward pass."""
@@ -217,14 +235,22 @@ class LatentRewardModel(nn.Module):
         return self.head(self.features(noisy_latents, timestep, conditioning, prompt_index), num_levels)
 
 
-def default_lora_config(config: LatentRewardConfig, *, rank: int = 64, alpha: int | None = None) -> LoraConfig:
+def default_lora_config(
+    config: LatentRewardConfig, *, rank: int | None = None, alpha: int | None = None
+) -> LoraConfig:
     """The published LoRA: gaussian initialisation, ``alpha = 2 rank``, every attention projection.
 
-    Where the family's blocks transform text and the last text tap lies before the last block, that block's text
-    projections are left alone.
+    The rank is the published one of the model, where ``config.backbone_config`` says which it is, and else 64.
+
+    Where the family's blocks transform text and the last text tap lies before the last block (or there is none), that
+    block's text projections are left alone.
     """
-    targets = get_family(config.family).reward_lora_targets
-    unread = config.num_layers > max(config.text_taps or (0,)) and "to_add_out" in targets
+    family = get_family(config.family)
+    targets = family.reward_lora_targets
+    if rank is None:
+        rank = family.reward_defaults(config.backbone_config).lora_rank if config.backbone_config else 64
+    transforms_text = any(target.endswith("to_add_out") for target in targets)
+    unread = transforms_text and config.num_layers > max(config.text_taps or (0,))
     last = rf".*\.{config.num_layers - 1}\..*\.(add_[qkv]_proj|to_add_out)"
     return LoraConfig(
         r=rank,

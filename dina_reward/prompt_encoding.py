@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class PromptEncoder:
         self.cache_size = cache_size
         self.batch_size = batch_size
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self._given: dict[str, Conditioning] = {}
         self._lock = threading.Lock()
 
     def __call__(self, prompts: Sequence[str], device: torch.device | None = None) -> tuple[Conditioning, Tensor]:
@@ -55,11 +57,6 @@ class PromptEncoder:
         Raises:
             ValueError: no pipeline to encode with, or something that is not a string.
         """
-        if self.pipeline is None:
-            raise ValueError(
-                "this reward has no text encoders: load it with `pipeline=`, or pass `prompt_embeds` (and "
-                "`pooled_prompt_embeds`) instead of prompts"
-            )
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a list of strings, got {type(prompts).__name__} {str(prompts)[:80]!r}")
         position: dict[str, int] = {}
@@ -68,14 +65,41 @@ class PromptEncoder:
             rows = self._rows(list(position), device)
         return Conditioning.cat(rows), index
 
+    @contextlib.contextmanager
+    def given(self, prompts: Sequence[str], conditioning: Conditioning | None) -> Iterator[None]:
+        """Inside the context these prompts are not encoded, since their conditioning is known; nothing for ``None``.
+
+        Args:
+            prompts: one per row of ``conditioning``; of equal prompts the first counts.
+            conditioning: encoded prompts, padded on the right.
+        """
+        rows: dict[str, Conditioning] = {}
+        if conditioning is not None:
+            for position, prompt in enumerate(prompts):
+                rows.setdefault(prompt, conditioning[position : position + 1].trimmed())
+        before, self._given = self._given, rows
+        try:
+            yield
+        finally:
+            self._given = before
+
     def clear(self) -> None:
         """Forgets every cached prompt."""
         with self._lock:
             self._cache.clear()
 
-    def _rows(self, unique: list[str], device: torch.device | None) -> list[Conditioning]:
+    def _rows(self, order: list[str], device: torch.device | None) -> list[Conditioning]:
+        given = {prompt: self._given[prompt] for prompt in order if prompt in self._given}
+        if device is not None:
+            given = {prompt: row.to(device) for prompt, row in given.items()}
+        unique = [prompt for prompt in order if prompt not in given]
         rows = {prompt: self._cache[prompt] for prompt in unique if prompt in self._cache}
         missing = [prompt for prompt in unique if prompt not in rows]
+        if missing and self.pipeline is None:
+            raise ValueError(
+                "this reward has no text encoders: load it with `pipeline=`, or pass `prompt_embeds` (and "
+                "`pooled_prompt_embeds`) instead of prompts"
+            )
         for start in range(0, len(missing), self.batch_size):
             chunk = missing[start : start + self.batch_size]
             encoded = self.family.encode_prompts(
@@ -89,4 +113,5 @@ class PromptEncoder:
                 self._cache.move_to_end(prompt)
             while len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
-        return [rows[prompt] for prompt in unique]
+        rows |= given
+        return [rows[prompt] for prompt in order]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dina_reward.families import Conditioning
 from dina_reward.inputs import NonFiniteError, check_embeddings, check_latents, expand_prompts
-from dina_reward.likelihood import ThurstoneModel
+from dina_reward.likelihood import PreferenceModel, ensemble_level
 from dina_reward.noise import NoisePoint
 from dina_reward.noise_draws import draw_noise
 from dina_reward.pretrained import PretrainedReward
@@ -23,7 +23,7 @@ class LatentReward(PretrainedReward):
     Example:
         >>> from dina_reward import LatentReward
         >>> reward = LatentReward.from_pretrained("path/or/hub-id", pipeline=pipe)
-        >>> latents = pipe(prompts, output_type="latent").images
+        >>> latents = pipe(prompt=prompts, output_type="latent").images
         >>> reward(latents, prompts)  # (batch,) float32
 
     Latents are what the pipeline returns for ``output_type="latent"``: clean, scaled, in the family's own layout.
@@ -169,10 +169,11 @@ class LatentReward(PretrainedReward):
         prompts: str | Sequence[str] | None = None,
         **options: Unpack[ScoreOptions],
     ) -> Tensor:
-        """Probability that ``a`` is preferred over ``b``, noise-calibrated Thurstone (arXiv 2602.11146).
+        """Probability that ``a`` is preferred over ``b`` under the reward's likelihood.
 
-        ``Phi((s_a - s_b) / sqrt(2 (k sigma^2 + c) + 1e-6))``. Both sides see the same noise: without a seed or noise, a
-        fresh seed is drawn from torch's global random state. For an ensemble the variance is averaged over its levels.
+        Noise-calibrated Thurstone (arXiv 2602.11146): ``Phi((s_a - s_b) / sqrt(2 (k sigma^2 + c) + 1e-6))``, for an
+        ensemble with the variance averaged over its levels. Bradley-Terry: ``sigmoid(s_a - s_b)``. Both sides see the same
+        noise: without a seed or noise, a fresh seed is drawn from torch's global random state.
 
         Args:
             latents_a, latents_b: clean latents, shape ``(batch, ...)``.
@@ -190,9 +191,12 @@ class LatentReward(PretrainedReward):
             options["seed"] = int(torch.randint(2**62, (1,)))
         scores_a, scores_b = self(latents_a, prompts, **options), self(latents_b, prompts, **options)
         points = self._points(options.get("noise_level"))
-        model = ThurstoneModel(self.config.variance_scale, self.config.variance_offset)
-        # The variance is linear in sigma^2, so its average over levels is the variance at their root mean square.
-        return model.probability(scores_a, scores_b, points.level.square().mean().sqrt().to(self.device))
+        return self.preference_model.probability(scores_a, scores_b, ensemble_level(points.level).to(self.device))
+
+    @property
+    def preference_model(self) -> PreferenceModel:
+        """The reward's likelihood: from raw scores to the probability of a preference."""
+        return self.config.preference_model()
 
     def _spatial(self, latents: Tensor, height: int | None, width: int | None) -> Tensor:
         """Checked latents in the family's spatial layout."""

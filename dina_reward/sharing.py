@@ -16,6 +16,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from dina_reward.quantization import copy_4bit, is_4bit, own_4bit_weight
+
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -97,17 +99,20 @@ def copy_module_tree(tree: Module) -> Module:
     """Independent copy of a module tree without LoRA layers and hooks.
 
     Raises:
-        SharedBackboneError: as for `share_module_tree`, except that trained weights may be copied.
+        SharedBackboneError: as for `share_module_tree`, except that trained weights and 4-bit ones may be copied.
+        ValueError: 4-bit weights in a form that cannot be copied.
     """
     _refuse_merged(tree)
     for name, parameter in _base_parameters(tree):
-        _refuse_unshareable(name, parameter)
-    return _clone(
-        tree,
-        "",
-        lambda _, parameter: nn.Parameter(parameter.detach().clone(), requires_grad=False),
-        lambda buffer: buffer.detach().clone(),
-    )
+        if not is_4bit(parameter):
+            _refuse_unshareable(name, parameter)
+    return _clone(tree, "", lambda _, parameter: _copy(parameter), lambda buffer: buffer.detach().clone())
+
+
+def _copy(parameter: nn.Parameter) -> nn.Parameter:
+    if is_4bit(parameter):
+        return copy_4bit(parameter)
+    return nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
 
 def _clone(
@@ -133,6 +138,7 @@ def _clone(
         k: None if child is None else _clone(child, prefix + k, view, copy_buffer)
         for k, child in module._modules.items()
     }
+    own_4bit_weight(clone)
     clone.training = False
     return clone
 
@@ -170,7 +176,8 @@ def _refuse_unshareable(name: str, parameter: nn.Parameter) -> None:
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
         raise SharedBackboneError(
             f"the generator's parameter {name!r} is quantised ({type(parameter).__name__}, {parameter.dtype}). Load "
-            "the reward with its own weights: share_backbone=False and no `pipeline`/`transformer`."
+            "the reward with its own weights: share_backbone=False, and no `pipeline`/`transformer` unless they are in "
+            "bitsandbytes' 4 bits."
         )
     if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise SharedBackboneError(

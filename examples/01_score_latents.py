@@ -14,7 +14,7 @@ from dina_reward.shapes import Oracle, decode_latents, load_pipeline, weights_di
 
 prompt = "a large red circle on a white background"
 pipe = load_pipeline()
-reward = LatentReward.from_pretrained(weights_dir("sd3-reward"), pipeline=pipe, share_backbone=True)
+reward = LatentReward.from_pretrained(weights_dir("flow-reward"), pipeline=pipe, share_backbone=True)
 
 # Eight samples of one prompt, as latents: nothing is decoded.
 latents = pipe(

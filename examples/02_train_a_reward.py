@@ -8,7 +8,7 @@ A few minutes on two CPU cores; the shipped reward saw more pairs for longer (py
 
 import sys
 
-from dina_reward import LatentReward, LatentRewardConfig, default_lora_config
+from dina_reward import LatentReward, default_lora_config, default_reward_config
 from dina_reward.evaluation import evaluate_preferences
 from dina_reward.shapes import build_pool, load_pipeline, sample_pairs
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
@@ -24,7 +24,7 @@ held_out = sample_pairs(build_pool(pipe, "held_out", count=100, seed=1), "held_o
 clear_pairs = [pair for pair in held_out if pair["gap"] > 0.1]
 
 # The reward reads the first four blocks of the generator's five, after the second, third and fourth.
-config = LatentRewardConfig(family="sd3", num_layers=4, visual_taps=(2, 3, 4), max_sequence_length=6)
+config = default_reward_config(pipe, num_layers=4, visual_taps=(2, 3, 4), max_sequence_length=6)
 reward = LatentReward.from_config(config, pipeline=pipe, lora_config=default_lora_config(config, rank=16), seed=0)
 
 arguments = LatentRewardTrainingConfig(

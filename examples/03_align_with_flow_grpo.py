@@ -18,7 +18,7 @@ iterations = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 pipe = load_pipeline()
 
 # The reward rides on the generator's own tensors: extra memory is its LoRA and its head.
-reward = LatentReward.from_pretrained(weights_dir("sd3-reward"), pipeline=pipe, share_backbone=True)
+reward = LatentReward.from_pretrained(weights_dir("flow-reward"), pipeline=pipe, share_backbone=True)
 
 arguments = DiffusionGRPOConfig(
     output_dir="outputs/my_alignment",

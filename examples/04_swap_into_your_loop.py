@@ -29,7 +29,7 @@ arguments = parser.parse_args()
 torch.manual_seed(0)
 pipe = load_pipeline("ddpm")
 pipe.set_progress_bar_config(disable=True)
-reward = LatentReward.from_pretrained(weights_dir("sd1-reward"), pipeline=pipe, share_backbone=True)  # + reward
+reward = LatentReward.from_pretrained(weights_dir("ddpm-reward"), pipeline=pipe, share_backbone=True)  # + reward
 
 unet, scheduler = pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config)
 unet.requires_grad_(False)
@@ -42,7 +42,7 @@ def sample(prompts: list[str], seed: int) -> torch.Tensor:
     """Latents, straight from the pipeline; nothing is decoded."""
     generator = torch.Generator().manual_seed(seed)
     settings = {"num_inference_steps": 10, "guidance_scale": 1.0, "generator": generator}
-    return pipe(prompts, output_type="latent", **settings).images
+    return pipe(prompt=prompts, output_type="latent", **settings).images
 
 
 def oracle_fit(seed: int = 1) -> float:

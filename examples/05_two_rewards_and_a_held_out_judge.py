@@ -16,7 +16,7 @@ from dina_reward.shapes.alignment import alignment_config, oracle_scores
 
 iterations = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 pipe = load_pipeline()
-reward = LatentReward.from_pretrained(weights_dir("sd3-reward"), pipeline=pipe, share_backbone=True)
+reward = LatentReward.from_pretrained(weights_dir("flow-reward"), pipeline=pipe, share_backbone=True)
 
 
 def calm_background(latents, prompts):

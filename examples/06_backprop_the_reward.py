@@ -16,7 +16,7 @@ from dina_reward.shapes.alignment import oracle_scores
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 pipe = load_pipeline()
-reward = LatentReward.from_pretrained(weights_dir("sd3-reward"), pipeline=pipe, share_backbone=True)
+reward = LatentReward.from_pretrained(weights_dir("flow-reward"), pipeline=pipe, share_backbone=True)
 
 arguments = RewardBackpropConfig(
     output_dir="outputs/my_backprop",

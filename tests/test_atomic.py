@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dina_reward import atomic
-from dina_reward.atomic import atomic_directory, clean_leftovers
+from dina_reward.atomic import atomic_directory, atomic_file, clean_leftovers
 
 
 def write(directory: Path, text: str) -> None:
@@ -88,3 +88,15 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ValueError, match="is a file"), atomic_directory(tmp_path / "out"):
         pass
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    (tmp_path / ".file.incomplete").write_text("left by a killed process")
+    with atomic_file(target) as staging:
+        staging.write_text("first")
+        assert not target.exists()
+    with pytest.raises(UnicodeEncodeError), atomic_file(target) as staging:
+        staging.write_text("half\udc80", encoding="utf-8")
+    assert target.read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -291,7 +291,7 @@ def test_push_to_hub_uploads_a_whole_checkpoint(sd3_pipeline: Any, monkeypatch: 
 def test_checkpoints_of_one_reward_are_the_same_bytes(sd3_pipeline: Any, tmp_path: Path) -> None:
     reward = make_reward(sd3_pipeline)
     for name in ("a", "b"):
-        write_checkpoint(tmp_path / name, reward._checkpoint())
+        write_checkpoint(tmp_path / name, reward.checkpoint())
     for name in NATIVE_FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert read_checkpoint(tmp_path / "a").config == reward.config

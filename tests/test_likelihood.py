@@ -13,7 +13,9 @@ from dina_reward.likelihood import (
     PreferenceLoss,
     PreferenceLossName,
     ThurstoneModel,
+    ensemble_level,
     log_ndtr,
+    preference_model,
     thurstone_preference,
 )
 
@@ -199,3 +201,43 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
 def test_errors(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_preference_model_is_chosen_by_name() -> None:
+    a, b, level = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 0.0]), torch.tensor(0.4)
+    thurstone = preference_model("thurstone", 1.0, 0.1)
+    assert thurstone == ThurstoneModel(1.0, 0.1)
+    bradley_terry = preference_model("bradley_terry", 1.0, 0.1)
+    assert bradley_terry.likelihood == "bradley_terry"
+    expected = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(2))]
+    assert bradley_terry.probability(a, b, level).tolist() == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(
+        bradley_terry.probability(a, b, torch.tensor(0.9)), bradley_terry.probability(a, b, level)
+    )
+    with pytest.raises(ValueError, match="unknown likelihood 'probit'; choose one of thurstone, bradley_terry"):
+        preference_model("probit")  # type: ignore[arg-type]
+
+
+def test_the_level_of_an_ensemble_has_the_mean_variance() -> None:
+    levels, model = torch.tensor([0.2, 0.5, 0.7]), ThurstoneModel()
+    torch.testing.assert_close(model.variance(ensemble_level(levels)), model.variance(levels).mean())
+    assert ensemble_level(torch.tensor([0.3])).item() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_names_the_likelihood_that_it_fits(name: PreferenceLossName) -> None:
+    loss = PreferenceLoss(name)
+    assert loss.likelihood == name.removesuffix("_fidelity").removesuffix("_nll")
+    arguments = torch.tensor([0.7]), torch.tensor([0.2]), torch.tensor([0.5])
+    assert torch.equal(loss.probability(*arguments), preference_model(loss.likelihood).probability(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [(1.0, math.log1p(math.exp(-0.5))), (0.5, math.log1p(math.exp(-0.5)) + 0.25), (0.25, 0.849077)],
+)
+def test_bradley_terry_with_soft_labels_by_hand(target: float, expected: float) -> None:
+    loss = PreferenceLoss("bradley_terry").per_pair(
+        torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.4]), torch.tensor([target])
+    )
+    assert loss.item() == pytest.approx(expected, abs=1e-5)

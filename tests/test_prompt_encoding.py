@@ -88,3 +88,30 @@ def test_errors() -> None:
         PromptEncoder(get_family("sd3"), None)(["a"])
     with pytest.raises(ValueError, match="cache_size=0"):
         make(cache_size=-1)
+
+
+def test_given_prompts_are_not_encoded() -> None:
+    encoder, family = make()
+    known = Conditioning(torch.tensor([[[10.0]], [[20.0]], [[99.0]]]), torch.tensor([[1.0], [2.0], [9.0]]))
+    with encoder.given(["aa", "b", "aa"], known):
+        conditioning, index = encoder(["b", "ccc", "aa", "b"])
+    assert family.calls == [["ccc"]]
+    assert conditioning.prompt_embeds[index].flatten().tolist() == [20.0, 3.0, 10.0, 20.0]
+    assert conditioning.pooled_prompt_embeds is not None
+    assert conditioning.pooled_prompt_embeds[index].flatten().tolist() == [2.0, 3.0, 1.0, 2.0]
+    encoder(["aa"])  # forgotten outside the context, and never cached
+    assert family.calls == [["ccc"], ["aa"]]
+
+
+def test_given_padding_is_cut_off_and_no_pipeline_is_needed() -> None:
+    encoder = PromptEncoder(CountingFamily(), None)  # type: ignore[arg-type]
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    known = Conditioning(torch.arange(6.0).reshape(2, 3, 1), prompt_embeds_mask=mask)
+    with encoder.given(["short", "long"], known):
+        conditioning, _ = encoder(["short"])
+        assert conditioning.prompt_embeds.tolist() == [[[0.0]]]
+        assert encoder(["long", "short"])[0].prompt_embeds.shape == (2, 2, 1)
+        with pytest.raises(ValueError, match="no text encoders"):
+            encoder(["other"])
+    with encoder.given(["short"], None), pytest.raises(ValueError, match="no text encoders"):
+        encoder(["short"])

@@ -99,8 +99,8 @@ def test_models_from_directories_are_those_of_the_embedded_world(tmp_path: Path)
     pipeline, reward = recipes.load_models(arguments(), "cpu")
     assert reward.shares_backbone
     given = arguments(
-        model_name_or_path=str(weights_dir("sd3")),
-        reward_model_path=str(weights_dir("sd3-reward")),
+        model_name_or_path=str(weights_dir("flow")),
+        reward_model_path=str(weights_dir("flow-reward")),
         share_backbone=False,
     )
     other, copied = recipes.load_models(given, "cpu")

@@ -29,7 +29,7 @@ from dina_reward.alignment.hacking import (
     append_line,
     read_lines,
 )
-from dina_reward.alignment.pictures import checked_images, picture_grid, save_picture
+from dina_reward.alignment.pictures import checked_images, picture_grid, save_picture, still_images
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import PromptDataset, prompt_row
 from dina_reward.alignment.rewards import (
@@ -56,7 +56,8 @@ HACKING_ALARM = "hacking_alarm"
 EvalRewardFunction = Callable[..., Any]
 """A held-out judge: called by keyword like a reward function, with ``images`` if its signature names them.
 
-``images`` has shape ``(batch, 3, height, width)``, float32, in [0, 1], on the device of the latents. It returns one number
+``images`` has shape ``(batch, 3, height, width)``, of videos ``(batch, frames, 3, height, width)``, float32, in [0, 1], on
+the device of the latents. It returns one number
 (or None, "does not apply") per image, or a mapping of names to such sequences. The settings of the training reward, such as
 ``noise_level``, are not passed on: a `LatentReward` judges at its own.
 """
@@ -207,7 +208,7 @@ class HeldOutEvaluator:
                 raise ValueError(f"two held-out judges give a score {clash[0]!r}, one of them {name}; rename one")
             scores |= judged
         rows_of_scores = [{name: float(values[i]) for name, values in scores.items()} for i in range(len(rows))]
-        return rows_of_scores, [] if images is None else list(images.cpu())
+        return rows_of_scores, [] if images is None else list(still_images(images).cpu())
 
     def _sample(self, prompts: Sequence[str], indices: Sequence[int]) -> tuple[Tensor, Conditioning]:
         device = self.accelerator.device

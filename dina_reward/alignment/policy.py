@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from dina_reward.alignment.policy_weights import LORA_WEIGHTS_NAME as LORA_WEIGHTS_NAME
 from dina_reward.alignment.policy_weights import load_full, load_lora, save_full, save_lora
-from dina_reward.alignment.quantization import is_quantized, quantize_blocks
 from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.alignment.samplers import Sampler, build_sampler
 from dina_reward.alignment.steps import SDEType
 from dina_reward.families import Conditioning, ModelFamily, family_of
+from dina_reward.quantization import is_quantized, quantize_blocks
 from dina_reward.training.sharding import ExactTimesteps, exchange, local, slice_like, trainable_parameters
 
 
@@ -46,7 +47,8 @@ class Policy:
             a pipeline that diffusers has loaded quantised is used as it is.
 
     Raises:
-        ValueError: the denoiser has an adapter already; it is trained in full but not float32, or quantised.
+        ValueError: a pipeline that samples in a way its family does not support; the denoiser has an adapter already; it
+            is trained in full but not float32, or quantised.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Policy:
     ) -> None:
         self.pipeline = pipeline
         self.family: ModelFamily = family_of(pipeline)
+        self.family.check_pipeline(pipeline)
         self.denoiser: nn.Module = getattr(pipeline, self.family.denoiser_attribute)
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
@@ -72,15 +75,16 @@ class Policy:
         self._initial: list[Tensor] | None = None
         self._timesteps: ExactTimesteps | None = None
         _refuse_adapters(self.denoiser)
+        unread = self.family.unread_layers(self.denoiser.config)
         if train_full_model:
-            _train_all(self.denoiser, load_in_4bit)
+            _train_all(self.denoiser, load_in_4bit, unread)
             if keep_reference:
                 self._initial = self.snapshot()
         else:
             self.denoiser.requires_grad_(False)
             if load_in_4bit:
                 quantize_blocks(self.denoiser)
-            _add_lora(self.denoiser, rank, alpha, target_modules or self.family.policy_lora_targets)
+            _add_lora(self.denoiser, rank, alpha, target_modules or self.family.policy_lora_targets, unread)
         # Sampling and training must be the same function of the weights, so dropout stays off in both.
         self.denoiser.eval()
 
@@ -125,7 +129,12 @@ class Policy:
         """The empty prompt, one row, where sampling at ``guidance_scale`` (by default the policy's own) needs it."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         config: Any = self.denoiser.config
-        return self.encode([""], device) if self.family.uses_negative_prompt(config, scale) else None
+        if not self.family.uses_negative_prompt(config, scale):
+            return None
+        conditioning = self.family.encode_negative(
+            self.pipeline, max_sequence_length=self.max_sequence_length, device=device
+        )
+        return conditioning.to(device, self.storage_dtype)
 
     def bind(
         self,
@@ -294,7 +303,7 @@ def _refuse_adapters(denoiser: nn.Module) -> None:
         )
 
 
-def _train_all(denoiser: nn.Module, load_in_4bit: bool) -> None:
+def _train_all(denoiser: nn.Module, load_in_4bit: bool, unread: str | None) -> None:
     if load_in_4bit or is_quantized(denoiser):
         raise ValueError("quantised weights cannot be trained in full; train a LoRA on them or load them unquantised")
     dtypes = {parameter.dtype for parameter in denoiser.parameters()} - {torch.float32}
@@ -304,13 +313,21 @@ def _train_all(denoiser: nn.Module, load_in_4bit: bool) -> None:
             "1e-5 are lost in 16 bits. Load the pipeline with torch_dtype=torch.float32; bf16=True (autocast) computes in "
             "bfloat16 all the same"
         )
-    denoiser.requires_grad_(True)
+    for name, parameter in denoiser.named_parameters():
+        # Without this, data parallel training would wait for gradients that never come.
+        parameter.requires_grad_(unread is None or re.fullmatch(unread, name.rpartition(".")[0]) is None)
 
 
-def _add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str]) -> None:
+def _add_lora(denoiser: nn.Module, rank: int, alpha: int, target_modules: Sequence[str], unread: str | None) -> None:
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(target_modules), init_lora_weights="gaussian")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(target_modules),
+        exclude_modules=unread,
+        init_lora_weights="gaussian",
+    )
     denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)  # type: ignore[operator]
     cast_training_params(denoiser, dtype=torch.float32)

@@ -25,7 +25,7 @@ Three kinds: a `LatentReward`; any callable on ``latents``; a pixel reward, whic
 """
 
 Decoder = Callable[[Tensor], Tensor]
-"""``latents -> images``, shape ``(batch, 3, height, width)``, in [0, 1]."""
+"""``latents -> images``, shape ``(batch, 3, height, width)``, of videos ``(batch, frames, 3, height, width)``, in [0, 1]."""
 
 _EMBEDDINGS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
 _SCORE_OPTIONS = ("noise_level", "ensemble", "num_noise_samples", "seed")

@@ -109,26 +109,28 @@ class FlowSampler(Sampler):
         """Copies the grid that a fresh scheduler of this configuration makes; ``scheduler`` itself is not altered.
 
         The sigmas are never recomputed: with a static shift, `set_timesteps` shifts its end point a second time.
-        Multistep solvers with flow sigmas (UniPC, DPM-Solver++) give their grid, on which Euler steps are taken.
+        Multistep solvers with flow sigmas (UniPC, DPM-Solver++) give their own grid, on which Euler steps are taken.
 
         Raises:
             ValueError: the scheduler shifts by image size, and ``set_timesteps`` is not given.
         """
-        fresh = flow_matching_scheduler(scheduler.config)
-        if scheduler.config.get("use_flow_sigmas"):
-            last = 1 - 1 / scheduler.config.num_train_timesteps
-            fresh.set_timesteps(sigmas=torch.linspace(last, 0, num_inference_steps + 1)[:-1].tolist(), device="cpu")
-        elif set_timesteps is not None:
+        solver = bool(scheduler.config.get("use_flow_sigmas"))
+        fresh = type(scheduler).from_config(scheduler.config) if solver else flow_matching_scheduler(scheduler.config)
+        shifts_by_size = fresh.config.get("use_dynamic_shifting")
+        if set_timesteps is not None and (shifts_by_size or not solver):
             set_timesteps(fresh, num_inference_steps)
-        elif fresh.config.get("use_dynamic_shifting"):
+        elif shifts_by_size:
             raise ValueError(
                 "this scheduler has use_dynamic_shifting=True, so its grid depends on the image size: use "
                 "`Policy.sampler`, which knows it, or pass `set_timesteps=`"
             )
         else:
             fresh.set_timesteps(num_inference_steps, device="cpu")
+        sigmas = fresh.sigmas.to("cpu", torch.float32, copy=True)
+        # Solvers that take logarithms start at 1 - 1e-6, where the diffusion of "flow_sde" would be enormous.
+        sigmas[sigmas > 1 - 1e-5] = 1.0
         return cls(
-            fresh.sigmas.to("cpu", torch.float32, copy=True),
+            sigmas,
             fresh.timesteps.to(device, torch.float32, copy=True),
             sde_type,
             eta,

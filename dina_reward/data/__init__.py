@@ -1,14 +1,56 @@
-"""Preference data: the record, its collator, and datasets in memory and on disk."""
+"""Preference data: the record, its collator, datasets in memory and on disk, and readers of published datasets.
 
+The latent cache loads on first use.
+"""
+
+from typing import TYPE_CHECKING
+
+from dina_reward.data.broken import BrokenRowError, BrokenRows
+from dina_reward.data.preference import Preference
+from dina_reward.data.readers import PreferenceReader, read_preferences
 from dina_reward.data.records import PreferenceBatch, PreferencePair, collate_preferences
 from dina_reward.data.storage import LatentPreferenceDataset, load_preferences, preference_rows
+from dina_reward.lazy import lazy_exports
 
+
+if TYPE_CHECKING:
+    from dina_reward.data.buckets import Bucket, BucketRule
+    from dina_reward.data.cache import CacheReport, build_cache
+    from dina_reward.data.cache_manifest import CacheSettings
+    from dina_reward.data.cached import CachedPreferences
+    from dina_reward.data.sampler import BucketBatchSampler, bucketed_loader
+
+_MODULES = {
+    "Bucket": "buckets",
+    "BucketBatchSampler": "sampler",
+    "BucketRule": "buckets",
+    "CacheReport": "cache",
+    "CacheSettings": "cache_manifest",
+    "CachedPreferences": "cached",
+    "bucketed_loader": "sampler",
+    "build_cache": "cache",
+}
 
 __all__ = [
+    "BrokenRowError",
+    "BrokenRows",
+    "Bucket",
+    "BucketBatchSampler",
+    "BucketRule",
+    "CacheReport",
+    "CacheSettings",
+    "CachedPreferences",
     "LatentPreferenceDataset",
+    "Preference",
     "PreferenceBatch",
     "PreferencePair",
+    "PreferenceReader",
+    "bucketed_loader",
+    "build_cache",
     "collate_preferences",
     "load_preferences",
     "preference_rows",
+    "read_preferences",
 ]
+
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

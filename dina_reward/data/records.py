@@ -6,22 +6,28 @@
 | ``chosen``, ``rejected`` | clean latents in the family's layout, ``(channels, height, width)`` for unpacked families |
 | ``p_chosen`` | optional: probability that ``chosen`` is preferred, in ``[0, 1]``; default 1, a tie is 0.5 |
 | ``weight`` | optional: factor of the pair's loss; default 1 |
+| ``prompt_embeds`` | optional: the prompt as its family encodes it, ``(length, channels)``; no text encoder runs then |
+| ``pooled_prompt_embeds`` | optional: pooled embeddings, ``(channels,)`` |
+| ``prompt_embeds_mask`` | optional: true for tokens of the prompt, ``(length,)``; without it all of them are |
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dina_reward.families import Conditioning
+
 
 REQUIRED_COLUMNS = ("prompt", "chosen", "rejected")
-OPTIONAL_COLUMNS = ("p_chosen", "weight")
+EMBEDDING_COLUMNS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
+OPTIONAL_COLUMNS = ("p_chosen", "weight", *EMBEDDING_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class PreferencePair:
         chosen, rejected (`Tensor`): clean latents of one shape, floating point.
         p_chosen: probability that ``chosen`` is preferred.
         weight: factor of the pair's loss.
+        conditioning (`Conditioning`, *optional*): the encoded prompt, one row.
     """
 
     prompt: str
@@ -40,6 +47,7 @@ class PreferencePair:
     rejected: Tensor
     p_chosen: float = 1.0
     weight: float = 1.0
+    conditioning: Conditioning | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PreferencePair:
@@ -64,13 +72,14 @@ class PreferencePair:
         weight = _number(record.get("weight"), 1.0, "weight", prompt)
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"weight must be finite and not negative, got {weight} (prompt {prompt!r})")
-        return cls(prompt, chosen, rejected, p_chosen, weight)
+        return cls(prompt, chosen, rejected, p_chosen, weight, _conditioning(record, prompt))
 
 
 class PreferenceBatch(TypedDict):
     """Batch of ``pairs`` preferences.
 
     ``chosen`` and ``rejected`` have shape ``(pairs, ...)``, ``p_chosen`` and ``weight`` shape ``(pairs,)``, float32.
+    ``conditioning`` has one row per pair, or is ``None`` where the prompts still have to be encoded.
     """
 
     chosen: Tensor
@@ -78,13 +87,14 @@ class PreferenceBatch(TypedDict):
     p_chosen: Tensor
     weight: Tensor
     prompts: list[str]
+    conditioning: Conditioning | None
 
 
 def collate_preferences(records: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
     """Data collator: validates records and stacks them into a batch.
 
     Raises:
-        ValueError: a record is unusable, or the batch mixes latent shapes.
+        ValueError: a record is unusable, or the batch mixes latent shapes, or records with and without embeddings.
     """
     pairs = [PreferencePair.from_record(record) for record in records]
     shapes = {tuple(pair.chosen.shape) for pair in pairs}
@@ -99,7 +109,24 @@ def collate_preferences(records: Sequence[Mapping[str, Any]]) -> PreferenceBatch
         "p_chosen": torch.tensor([pair.p_chosen for pair in pairs]),
         "weight": torch.tensor([pair.weight for pair in pairs]),
         "prompts": [pair.prompt for pair in pairs],
+        "conditioning": _collate_conditionings([pair.conditioning for pair in pairs]),
     }
+
+
+def _collate_conditionings(rows: Sequence[Conditioning | None]) -> Conditioning | None:
+    given = [row for row in rows if row is not None]
+    if not given:
+        return None
+    kinds = {(row.pooled_prompt_embeds is None, row.prompt_embeds.shape[-1]) for row in given}
+    if len(given) < len(rows) or len(kinds) > 1:
+        raise ValueError(
+            "one batch mixes records with different embedding columns; give prompt_embeds (and pooled_prompt_embeds) of one "
+            "model in every record, or in none"
+        )
+    if len({row.prompt_embeds.shape[1] for row in given}) > 1:
+        # Stored without padding: what is added now is padding.
+        given = [replace(row, prompt_embeds_mask=row.token_mask) for row in given]
+    return Conditioning.cat(given)
 
 
 def check_columns(columns: Any) -> None:
@@ -110,6 +137,42 @@ def check_columns(columns: Any) -> None:
             f"preference records lack the columns {missing}; they have {sorted(columns)}. "
             f"Expected {list(REQUIRED_COLUMNS)} and optionally {list(OPTIONAL_COLUMNS)}."
         )
+
+
+def _conditioning(record: Mapping[str, Any], prompt: str) -> Conditioning | None:
+    if record.get("prompt_embeds") is None:
+        return None
+    ranks = {"prompt_embeds": 2, "pooled_prompt_embeds": 1, "prompt_embeds_mask": 1}
+    tensors: dict[str, Tensor] = {}
+    for name, rank in ranks.items():
+        value = record.get(name)
+        if value is None:
+            continue
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        if tensor.ndim != rank or tensor.numel() == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} (prompt {prompt!r}); expected the embeddings of one prompt, "
+                f"{rank}-dimensional and not empty"
+            )
+        tensors[name] = tensor[None]
+    mask = tensors.get("prompt_embeds_mask")
+    if mask is not None and mask.shape != tensors["prompt_embeds"].shape[:2]:
+        raise ValueError(
+            f"prompt_embeds_mask has {mask.shape[1]} entries for {tensors['prompt_embeds'].shape[1]} tokens (prompt "
+            f"{prompt!r})"
+        )
+    return Conditioning(
+        _embedding(tensors["prompt_embeds"], prompt),
+        _embedding(tensors["pooled_prompt_embeds"], prompt) if "pooled_prompt_embeds" in tensors else None,
+        None if mask is None else mask.bool(),
+    )
+
+
+def _embedding(tensor: Tensor, prompt: str) -> Tensor:
+    tensor = tensor if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor.float()
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"the embeddings of the prompt {prompt!r} hold NaN or infinite values")
+    return tensor
 
 
 def _latent(value: Any, name: str, prompt: str) -> Tensor:

@@ -21,6 +21,8 @@ from dina_reward.data.records import check_columns, collate_preferences
 if TYPE_CHECKING:
     import datasets
 
+    from dina_reward.data.cached import CachedPreferences
+
 TENSORS_NAME = "preferences.safetensors"
 PROMPTS_NAME = "prompts.json"
 
@@ -113,23 +115,32 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         return cls(prompts, tensors["chosen"], tensors["rejected"], tensors.get("p_chosen"), tensors.get("weight"))
 
 
-def load_preferences(path: str | os.PathLike[str], split: str = "train") -> LatentPreferenceDataset | datasets.Dataset:
+def load_preferences(
+    path: str | os.PathLike[str], split: str = "train"
+) -> LatentPreferenceDataset | CachedPreferences | datasets.Dataset:
     """Opens preferences on disk or on the hub.
 
     Args:
-        path: a directory written by `LatentPreferenceDataset.save` or by `datasets.Dataset.save_to_disk`, a parquet
-            file, a directory of parquet files, or the hub id of a dataset.
+        path: a directory written by `LatentPreferenceDataset.save`, by `build_cache` (``dina-reward cache``) or by
+            `datasets.Dataset.save_to_disk`, a parquet file, a directory of parquet files, or the hub id of a dataset.
         split: split to read from a `DatasetDict`, from parquet files in a directory (``split-*.parquet``, or all of
-            them for ``train`` when none is named so) or from the hub.
+            them for ``train`` when none is named so), from a directory with one latent cache per split, or from the hub.
 
     Raises:
         ValueError: nothing readable there, or required columns are missing.
     """
     import datasets
 
+    from dina_reward.data.cache_manifest import is_cache
+
     location = Path(path)
     if (location / TENSORS_NAME).exists():
         return LatentPreferenceDataset.load(location)
+    for place in (location, location / split):
+        if is_cache(place):
+            from dina_reward.data.cached import CachedPreferences
+
+            return CachedPreferences(place)
     if location.is_file() and location.suffix == ".parquet":
         return preference_rows(datasets.load_dataset("parquet", data_files=str(location), split="train"))
     if not location.exists():

@@ -1,6 +1,7 @@
-"""How good is a latent reward: pairwise accuracy by noise level, tie conventions, calibration, pictures."""
+"""How good is a reward: pairwise accuracy by noise level, tie conventions, calibration, slices, cost, pictures."""
 
 from dina_reward.evaluation.accuracy import (
+    BENCHMARK_TIES,
     TIE_CONVENTIONS,
     Accuracy,
     TieConvention,
@@ -8,26 +9,48 @@ from dina_reward.evaluation.accuracy import (
     pairwise_accuracy,
 )
 from dina_reward.evaluation.calibration import Calibration, CalibrationBin, measure_calibration
+from dina_reward.evaluation.clip import ClipReward
+from dina_reward.evaluation.comparison import Comparison, ScorerReport, SettingReport, evaluate_scorers
+from dina_reward.evaluation.comparison_plots import plot_comparison
 from dina_reward.evaluation.pair_scores import PairProtocol, PairScores, score_batch, score_pairs
 from dina_reward.evaluation.plots import plot_evaluation
 from dina_reward.evaluation.report import EvaluationReport, evaluate_preferences, report_from_scores
+from dina_reward.evaluation.scored_pairs import ScoredPairs, score_dataset
+from dina_reward.evaluation.scorers import CallableScorer, LatentScorer, Scorer
+from dina_reward.evaluation.settings import Setting, evaluation_settings
+from dina_reward.evaluation.ties import tune_tie_threshold
 
 
 __all__ = [
+    "BENCHMARK_TIES",
     "TIE_CONVENTIONS",
     "Accuracy",
     "Calibration",
     "CalibrationBin",
+    "CallableScorer",
+    "ClipReward",
+    "Comparison",
     "EvaluationReport",
+    "LatentScorer",
     "PairProtocol",
     "PairScores",
+    "ScoredPairs",
+    "Scorer",
+    "ScorerReport",
+    "Setting",
+    "SettingReport",
     "TieConvention",
     "accuracy_by_noise",
     "evaluate_preferences",
+    "evaluate_scorers",
+    "evaluation_settings",
     "measure_calibration",
     "pairwise_accuracy",
+    "plot_comparison",
     "plot_evaluation",
     "report_from_scores",
     "score_batch",
+    "score_dataset",
     "score_pairs",
+    "tune_tie_threshold",
 ]

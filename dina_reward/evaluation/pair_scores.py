@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dina_reward.data.records import PreferenceBatch, collate_preferences
-from dina_reward.likelihood import ThurstoneModel, thurstone_preference
+from dina_reward.likelihood import PreferenceModel, ensemble_level
 from dina_reward.noise_draws import fold_seed
 
 
@@ -51,10 +51,11 @@ class PairProtocol:
         """Names of the settings: the levels, then ``"ensemble"``."""
         return (*(f"{level:g}" for level in self.noise_levels), *([ENSEMBLE] if self.ensemble_levels else []))
 
-    def variances(self, model: ThurstoneModel) -> Tensor:
-        """Thurstone variance of each setting, shape ``(settings,)``; an ensemble has the mean over its levels."""
+    @property
+    def levels(self) -> Tensor:
+        """The level that each setting's likelihood is taken at, shape ``(settings,)``; see `ensemble_level`."""
         groups = [(level,) for level in self.noise_levels] + ([self.ensemble_levels] if self.ensemble_levels else [])
-        return torch.stack([model.variance(torch.tensor(levels)).mean() for levels in groups])
+        return torch.stack([ensemble_level(torch.tensor(levels)) for levels in groups])
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ class PairScores:
         chosen, rejected (`Tensor`): scores, shape ``(pairs, settings)``, float32, on the CPU.
         p_chosen (`Tensor`): labels, shape ``(pairs,)``.
         protocol (`PairProtocol`): how they were made; names the settings.
-        thurstone (`ThurstoneModel`): the reward's likelihood.
+        preference_model (`PreferenceModel`): the reward's likelihood.
     """
 
     chosen: Tensor
     rejected: Tensor
     p_chosen: Tensor
     protocol: PairProtocol
-    thurstone: ThurstoneModel
+    preference_model: PreferenceModel
 
     @property
     def margins(self) -> Tensor:
@@ -82,7 +83,8 @@ class PairScores:
     @property
     def probabilities(self) -> Tensor:
         """Predicted probability that ``chosen`` is preferred, shape ``(pairs, settings)``."""
-        return thurstone_preference(self.margins, self.protocol.variances(self.thurstone))
+        columns = zip(self.chosen.T, self.rejected.T, self.protocol.levels, strict=True)
+        return torch.stack([self.preference_model.probability(*column) for column in columns], dim=1)
 
     def column(self, setting: str) -> int:
         """Column of a setting.
@@ -150,7 +152,8 @@ def score_pairs(
     with tqdm(total=total, desc="scoring pairs", unit="pair", disable=not progress) as bar:
         for records in _batches(pairs, batch_size):
             batch = collate_preferences(records)
-            scores = score_batch(reward, batch, protocol, position)
+            with reward.prompt_encoder.given(batch["prompts"], batch["conditioning"]):
+                scores = score_batch(reward, batch, protocol, position)
             chosen.append(scores[0].cpu())
             rejected.append(scores[1].cpu())
             p_chosen.append(batch["p_chosen"])
@@ -158,8 +161,7 @@ def score_pairs(
             bar.update(len(records))
     if not chosen:
         raise ValueError("got no preference pairs to evaluate")
-    thurstone = ThurstoneModel(reward.config.variance_scale, reward.config.variance_offset)
-    return PairScores(torch.cat(chosen), torch.cat(rejected), torch.cat(p_chosen), protocol, thurstone)
+    return PairScores(torch.cat(chosen), torch.cat(rejected), torch.cat(p_chosen), protocol, reward.preference_model)
 
 
 def _batches(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:

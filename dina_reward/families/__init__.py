@@ -1,7 +1,11 @@
-"""Model families: one file per kind of generator. Every module in this directory is imported, so a new file is enough."""
+"""Model families: one file per kind of generator. Every module in this directory is imported, so a new file is enough.
+
+Families of other packages are found by their entry points of the group ``dina_reward.families``; see README.md.
+"""
 
 import importlib
 import pkgutil
+from importlib.metadata import entry_points
 
 from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults
 from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
@@ -24,3 +28,7 @@ __all__ = [
     "get_family",
     "register_family",
 ]
+
+# Last, because these modules import from this one.
+for _entry_point in entry_points(group="dina_reward.families"):
+    _entry_point.load()

@@ -139,6 +139,10 @@ class ModelFamily(ABC):
         """Settings of a denoiser that its first ``num_layers`` blocks depend on; equal signatures are interchangeable."""
         return {key: denoiser_config.get(key) for key in self.signature_keys}
 
+    def unread_layers(self, denoiser_config: Mapping[str, Any]) -> str | None:
+        """Regular expression of the layers that a prediction does not depend on, by full name; they cannot be trained."""
+        return None
+
     def feature_sizes(self, denoiser_config: Mapping[str, Any]) -> FeatureSizes:
         """Channel counts of the features, block by block where blocks differ."""
         width = int(denoiser_config["num_attention_heads"]) * int(denoiser_config["attention_head_dim"])
@@ -149,6 +153,9 @@ class ModelFamily(ABC):
         hidden = self.feature_sizes(denoiser_config).hidden
         width = hidden if isinstance(hidden, int) else max(hidden)
         return RewardDefaults.first_half(self.num_blocks(denoiser_config), width)
+
+    def check_pipeline(self, pipeline: Any) -> None:  # noqa: B027
+        """Raises a `ValueError` when a policy cannot sample as this pipeline does."""
 
     # --- noise ---------------------------------------------------------------------------------------------------
 
@@ -185,12 +192,7 @@ class ModelFamily(ABC):
         )
 
     def unpack_latents(
-        self,
-        latents: Tensor,
-        denoiser_config: Mapping[str, Any],
-        *,
-        height: int | None = None,
-        width: int | None = None,
+        self, latents: Tensor, denoiser_config: Mapping[str, Any], height: int | None = None, width: int | None = None
     ) -> Tensor:
         """Spatial layout of latents as the family's pipeline returns them; what is spatial already stays as it is.
 
@@ -245,7 +247,7 @@ class ModelFamily(ABC):
         width, pooled_width = self.text_sizes(denoiser_config)
         check_embeds(conditioning, self.name, width=width, pooled_width=pooled_width, masked=self.has_text_mask)
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_prompts(
         self,
         pipeline: Any,
@@ -255,6 +257,21 @@ class ModelFamily(ABC):
         device: torch.device | str | None = None,
     ) -> Conditioning:
         """Encodes prompts with the pipeline's own text encoders, without gradient, no classifier-free guidance."""
+        limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+        return self.encode(pipeline, list(prompts), device=device, **limit)
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompts: list[str], **options: Any) -> Conditioning:
+        """What `encode_prompts` does, by the pipeline's ``encode_prompt``.
+
+        Args:
+            options: as ``encode_prompt`` takes them: ``device`` (or ``None``), and ``max_sequence_length`` if it is not
+                the pipeline's default.
+        """
+
+    def encode_negative(self, pipeline: Any, **options: Any) -> Conditioning:
+        """One row: the empty prompt, as the pipeline encodes its negative prompt; options as for `encode_prompts`."""
+        return self.encode_prompts(pipeline, [""], **options)
 
     # --- reward side ---------------------------------------------------------------------------------------------
 
@@ -295,13 +312,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def denoise(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Conditioning,
-        *,
-        guidance_scale: float,
+        self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
         """One call of the denoiser, spatial layout in and out, float32: what its pipeline gives to the scheduler.
 
@@ -342,7 +353,7 @@ class ModelFamily(ABC):
             ValueError: classifier-free guidance without ``negative_conditioning``.
         """
         if not self.uses_negative_prompt(config_of(denoiser), guidance_scale):
-            return self.denoise(denoiser, latents, timestep, conditioning, guidance_scale=guidance_scale)
+            return self.denoise(denoiser, latents, timestep, conditioning, guidance_scale)
         if negative_conditioning is None:
             raise ValueError(f"guidance_scale {guidance_scale} > 1 needs negative_conditioning")
         both = Conditioning.cat([negative_conditioning, conditioning])
@@ -351,7 +362,7 @@ class ModelFamily(ABC):
             torch.cat([latents, latents]),
             torch.cat([timestep, timestep]),
             both,
-            guidance_scale=guidance_scale,
+            guidance_scale,
         )
         negative, positive = prediction.chunk(2)
         return self.guide(negative, positive, guidance_scale)

@@ -54,6 +54,13 @@ class Conditioning:
             return self.prompt_embeds.new_ones(self.prompt_embeds.shape[:2], dtype=torch.bool)
         return self.prompt_embeds_mask
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every prompt without padding; without a mask that is known without waiting for the device."""
+        if self.prompt_embeds_mask is None:
+            return [self.prompt_embeds.shape[1]] * len(self)
+        return self.prompt_embeds_mask.sum(dim=1).tolist()
+
     def trimmed(self) -> Conditioning:
         """Without the columns that are padding in every row; padding has to be on the right."""
         if self.prompt_embeds_mask is None:
@@ -98,12 +105,15 @@ class TapFeatures:
         text (`list[Tensor]`): one tensor per text tap, shape ``(rows, text_tokens, channels)``.
         temb (`Tensor`): the model's timestep (and pooled text) conditioning, shape ``(rows, channels)``.
         text_mask (`Tensor`, *optional*): true for text tokens that a head may read, shape ``(rows, text_tokens)``, bool.
+        grid (`tuple[int, int]`, *optional*): rows and columns of the image tokens, which lie row by row; ``None`` where
+            they are no plane.
     """
 
     visual: list[Tensor]
     text: list[Tensor]
     temb: Tensor
     text_mask: Tensor | None = None
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dina_reward.families.base import Backbone, RewardDefaults, config_of
 from dina_reward.families.conditioning import Conditioning, TapFeatures
 from dina_reward.families.layout import pack_2x2, unpack_2x2
-from dina_reward.families.packing import Packed2x2Family, exponential_shift
+from dina_reward.families.packing import Packed2x2Family
 from dina_reward.families.registry import register_family
 
 
@@ -64,7 +64,8 @@ class FluxBackbone(Backbone):
                 visual_features.append(hidden)
             if number in self.text_taps:
                 text_features.append(text)
-        return TapFeatures(visual=visual_features, text=text_features, temb=temb)
+        grid = (latents.shape[-2] // 2, latents.shape[-1] // 2)
+        return TapFeatures(visual=visual_features, text=text_features, temb=temb, grid=grid)
 
 
 @register_family
@@ -105,39 +106,18 @@ class FluxFamily(Packed2x2Family):
             return RewardDefaults(19, (8, 12, 16, 19), head_width=1536, published=True)
         return super().reward_defaults(denoiser_config)
 
-    def set_timesteps(self, scheduler: Any, num_inference_steps: int, latent_shape: Sequence[int]) -> None:
-        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, device="cpu", mu=exponential_shift(scheduler, latent_shape))
-
     def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
         return int(denoiser_config["joint_attention_dim"]), int(denoiser_config["pooled_projection_dim"])
 
-    @torch.no_grad()
-    def encode_prompts(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        *,
-        max_sequence_length: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> Conditioning:
-        limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
-        prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-            prompt=list(prompts), prompt_2=None, device=device, **limit
-        )
+    def encode(self, pipeline: Any, prompts: list[str], **options: Any) -> Conditioning:
+        prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(prompt=prompts, prompt_2=None, **options)
         return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)
 
     def uses_negative_prompt(self, denoiser_config: Mapping[str, Any], guidance_scale: float) -> bool:
         return guidance_scale > 1 and not denoiser_config["guidance_embeds"]
 
     def denoise(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Conditioning,
-        *,
-        guidance_scale: float,
+        self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
         latents = latents.to(conditioning.prompt_embeds.dtype)
         text_ids, image_ids = position_ids(latents, conditioning.prompt_embeds.shape[1])

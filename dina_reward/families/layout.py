@@ -76,7 +76,9 @@ def check_layout(latents: Tensor, name: str, *, channels: int, multiple: int, fr
         raise ValueError(f"latents of shape {shape} have {shape[1]} channels; {name} takes {expected}")
     height, width = shape[-2:]
     if height % multiple or width % multiple or 0 in shape:
-        raise ValueError(f"latents have shape {shape}; {name} takes sides that are a multiple of {multiple}, not empty")
+        raise ValueError(
+            f"latents have shape {shape}; {name} takes sides that are a multiple of {multiple}, not empty"
+        )
 
 
 def check_embeds(

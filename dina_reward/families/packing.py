@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dina_reward.families.base import ModelFamily
@@ -25,12 +26,7 @@ class Packed2x2Family(ModelFamily):
         return 2
 
     def unpack_latents(
-        self,
-        latents: Tensor,
-        denoiser_config: Mapping[str, Any],
-        *,
-        height: int | None = None,
-        width: int | None = None,
+        self, latents: Tensor, denoiser_config: Mapping[str, Any], height: int | None = None, width: int | None = None
     ) -> Tensor:
         if latents.ndim != 3 or latents.shape[-1] != int(denoiser_config["in_channels"]):
             return latents
@@ -38,6 +34,10 @@ class Packed2x2Family(ModelFamily):
 
     def pack_latents(self, latents: Tensor) -> Tensor:
         return pack_2x2(latents)
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, latent_shape: Sequence[int]) -> None:
+        sigmas = torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, device="cpu", mu=exponential_shift(scheduler, latent_shape))
 
 
 def exponential_shift(scheduler: Any, latent_shape: Sequence[int]) -> float:

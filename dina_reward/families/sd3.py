@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults, config_options
@@ -43,7 +42,9 @@ class SD3Backbone(Backbone):
                 visual_features.append(hidden)
             if number in self.text_taps:
                 text_features.append(text)
-        return TapFeatures(visual=visual_features, text=text_features, temb=temb)
+        patch = self.pos_embed.patch_size
+        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
+        return TapFeatures(visual=visual_features, text=text_features, temb=temb, grid=grid)
 
 
 @register_family
@@ -124,23 +125,9 @@ class SD3Family(ModelFamily):
     def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
         return int(denoiser_config["joint_attention_dim"]), int(denoiser_config["pooled_projection_dim"])
 
-    @torch.no_grad()
-    def encode_prompts(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        *,
-        max_sequence_length: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> Conditioning:
-        limit = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    def encode(self, pipeline: Any, prompts: list[str], **options: Any) -> Conditioning:
         prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-            prompt=list(prompts),
-            prompt_2=None,
-            prompt_3=None,
-            do_classifier_free_guidance=False,
-            device=device,
-            **limit,
+            prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, **options
         )
         return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)
 
@@ -170,13 +157,7 @@ class SD3Family(ModelFamily):
         return transformer
 
     def denoise(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Conditioning,
-        *,
-        guidance_scale: float,
+        self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
         return denoiser(
             hidden_states=latents.to(conditioning.prompt_embeds.dtype),

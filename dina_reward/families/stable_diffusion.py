@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,8 +67,9 @@ class UNetBackbone(Backbone):
             hidden = self._run_block(block, hidden, temb, text)
             if number in self.visual_taps:
                 maps.append(hidden)
-        visual = [_tokens(tapped, *maps[-1].shape[-2:]) for tapped in maps]
-        return TapFeatures(visual=visual, text=[text] * len(self.text_taps), temb=temb)
+        rows, columns = maps[-1].shape[-2:]
+        visual = [_tokens(tapped, rows, columns) for tapped in maps]
+        return TapFeatures(visual=visual, text=[text] * len(self.text_taps), temb=temb, grid=(rows, columns))
 
     def embed_time(
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
@@ -182,32 +182,18 @@ class StableDiffusionFamily(UNetFamily):
     def matches(self, denoiser_config: Mapping[str, Any]) -> bool:
         return denoiser_config.get("addition_embed_type") is None
 
-    @torch.no_grad()
-    def encode_prompts(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        *,
-        max_sequence_length: int | None = None,
-        device: torch.device | str | None = None,
-    ) -> Conditioning:
-        self.check_sequence_length(pipeline, max_sequence_length)
+    def encode(self, pipeline: Any, prompts: list[str], **options: Any) -> Conditioning:
+        self.check_sequence_length(pipeline, options.get("max_sequence_length"))
         prompt_embeds, _ = pipeline.encode_prompt(
-            list(prompts),
-            device=pipeline.text_encoder.device if device is None else device,
+            prompts,
+            device=options["device"] or pipeline.text_encoder.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
         return Conditioning(prompt_embeds=prompt_embeds)
 
     def denoise(
-        self,
-        denoiser: nn.Module,
-        latents: Tensor,
-        timestep: Tensor,
-        conditioning: Conditioning,
-        *,
-        guidance_scale: float,
+        self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
         text = conditioning.prompt_embeds
         return denoiser(latents.to(text.dtype), timestep, encoder_hidden_states=text, return_dict=False)[0].float()

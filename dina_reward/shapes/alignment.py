@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dina_reward.alignment import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from dina_reward.alignment.evaluation import HISTORY_NAME, EvaluationRecord, read_history
+from dina_reward.reward import LatentReward
 from dina_reward.shapes.oracle import Oracle
 from dina_reward.shapes.prompts import all_scenes, sample_prompts
 from dina_reward.shapes.shipped import load_pipeline, load_reward
@@ -118,16 +119,24 @@ def align(
     *,
     iterations: int = ITERATIONS,
     seed: int = 0,
+    reward_path: str | Path | None = None,
     callbacks: Sequence[Any] = (),
     **overrides: Any,
 ) -> AlignmentResult:
-    """Trains a LoRA of the shipped generator on the shipped latent reward alone and watches it with the oracle.
+    """Trains a LoRA of the shipped generator on a latent reward alone and watches it with the oracle.
 
-    Arguments as for `alignment_config`.
+    Args:
+        reward_path: checkpoint of a reward on this generator; the shipped one by default.
+        callbacks: of the trainer.
+
+    Other arguments as for `alignment_config`.
     """
     pipeline = load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    reward = load_reward(pipeline=pipeline, share_backbone=True)
+    if reward_path is None:
+        reward = load_reward(pipeline=pipeline, share_backbone=True)
+    else:
+        reward = LatentReward.from_pretrained(reward_path, pipeline=pipeline, share_backbone=True)
     trainer = DiffusionGRPOTrainer(
         pipeline,
         reward,

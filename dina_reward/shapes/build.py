@@ -3,12 +3,12 @@
 | stage | makes | from |
 |---|---|---|
 | vae | `vae/` | renders |
-| generator | `sd3/`, the flow-matching pipeline | `vae/` |
-| preferences | `sd3-preferences/train.safetensors`, `sd3-preferences/held_out.safetensors` | `sd3/` |
-| reward | `sd3-reward/` | `sd3/`, `sd3-preferences/` |
-| ddpm-generator | `sd1/`, the DDPM pipeline | `vae/` |
-| ddpm-preferences | `sd1-preferences/` | `sd1/` |
-| ddpm-reward | `sd1-reward/` | `sd1/`, `sd1-preferences/` |
+| generator | `flow/`, the flow-matching pipeline | `vae/` |
+| preferences | `flow-preferences/train.safetensors`, `flow-preferences/held_out.safetensors` | `flow/` |
+| reward | `flow-reward/` | `flow/`, `flow-preferences/` |
+| ddpm-generator | `ddpm/`, the DDPM pipeline | `vae/` |
+| ddpm-preferences | `ddpm-preferences/` | `ddpm/` |
+| ddpm-reward | `ddpm-reward/` | `ddpm/`, `ddpm-preferences/` |
 
 A finished stage is kept: run the command again to continue after an interruption, or name a stage with `--force` to
 make it anew.
@@ -58,7 +58,7 @@ def build_generator(world: World, output: Path, seed: int = 0) -> None:
     vae = AutoencoderKL.from_pretrained(output / "vae")
     pipeline = world.train(vae.eval().requires_grad_(False), seed=seed)
     print(evaluate_pipeline(pipeline, seed=seed))
-    save_pipeline(pipeline, output / world.weights)
+    save_pipeline(pipeline, output / world.name)
 
 
 def save_pipeline(pipeline: DiffusionPipeline, directory: Path) -> None:
@@ -80,8 +80,8 @@ def forget_origin(directory: Path) -> None:
 
 def build_preferences(world: World, output: Path, seed: int = 0) -> None:
     """Sample, read and pair latents, and write the labelled pairs of both splits."""
-    pipeline = DiffusionPipeline.from_pretrained(output / world.weights)
-    with atomic_directory(output / f"{world.weights}-preferences") as directory:
+    pipeline = DiffusionPipeline.from_pretrained(output / world.name)
+    with atomic_directory(output / f"{world.name}-preferences") as directory:
         for offset, split in enumerate(POOL_SIZES):
             pool = build_pool(pipeline, split, POOL_SIZES[split], seed=seed + offset)
             pairs = sample_pairs(pool, split, PAIR_COUNTS[split], seed=seed + offset)
@@ -92,22 +92,22 @@ def build_preferences(world: World, output: Path, seed: int = 0) -> None:
 
 def build_reward(world: World, output: Path, seed: int = 0) -> None:
     """Train a latent reward on the preferences, print its held-out accuracy and write it."""
-    pipeline = DiffusionPipeline.from_pretrained(output / world.weights)
-    preferences = output / f"{world.weights}-preferences"
+    pipeline = DiffusionPipeline.from_pretrained(output / world.name)
+    preferences = output / f"{world.name}-preferences"
     pairs = {split: PreferencePairs.load(preferences / f"{split}.safetensors") for split in POOL_SIZES}
-    reward = train_reward(pipeline, pairs["train"], output / f"{world.weights}-reward-training", seed=seed)
+    reward = train_reward(pipeline, pairs["train"], output / f"{world.name}-reward-training", seed=seed)
     report = evaluate_reward(reward, pairs["held_out"])
     print(report.table(), report.calibration_table("0.4"), sep="\n\n")
-    reward.save_pretrained(output / f"{world.weights}-reward")
+    reward.save_pretrained(output / f"{world.name}-reward")
 
 
 def _stages() -> dict[str, tuple[Callable[..., None], str]]:
     stages: dict[str, tuple[Callable[..., None], str]] = {"vae": (build_vae, "vae")}
     for world in WORLDS:
         prefix = "" if world.name == "flow" else f"{world.name}-"
-        stages[f"{prefix}generator"] = (partial(build_generator, world), world.weights)
-        stages[f"{prefix}preferences"] = (partial(build_preferences, world), f"{world.weights}-preferences")
-        stages[f"{prefix}reward"] = (partial(build_reward, world), f"{world.weights}-reward")
+        stages[f"{prefix}generator"] = (partial(build_generator, world), world.name)
+        stages[f"{prefix}preferences"] = (partial(build_preferences, world), f"{world.name}-preferences")
+        stages[f"{prefix}reward"] = (partial(build_reward, world), f"{world.name}-reward")
     return stages
 
 

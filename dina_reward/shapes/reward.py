@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,16 @@ from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 PROTOCOL = PairProtocol(noise_levels=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), ensemble_levels=(0.2, 0.4, 0.6))
 
 
-def new_reward(pipeline: Any, seed: int = 0) -> LatentReward:
-    """An untrained reward: on the first four of the flow generator's five blocks, on the UNet's down and mid blocks."""
-    config = world_of(pipeline).reward_config(
-        head=RewardHeadConfig(num_attention_heads=4), max_sequence_length=MAX_PROMPT_TOKENS
-    )
+def new_reward(pipeline: Any, seed: int = 0, **settings: Any) -> LatentReward:
+    """An untrained reward: on the first four of the flow generator's five blocks, on the UNet's down and mid blocks.
+
+    Args:
+        pipeline: the generator that gives backbone and text encoders.
+        seed: of the initial weights.
+        settings: further fields of `LatentRewardConfig`.
+    """
+    defaults = {"head": RewardHeadConfig(num_attention_heads=4), "max_sequence_length": MAX_PROMPT_TOKENS}
+    config = world_of(pipeline).reward_config(**{**defaults, **settings})
     return LatentReward.from_config(
         config, pipeline=pipeline, lora_config=default_lora_config(config, rank=32), seed=seed
     )
@@ -42,6 +48,8 @@ def train_reward(
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
+    reward_settings: Mapping[str, Any] | None = None,
+    training_settings: Mapping[str, Any] | None = None,
 ) -> LatentReward:
     """Trains a reward as `LatentRewardTrainer` does for any model; checkpoints go to ``output``; a killed run
     resumes, a finished one is loaded.
@@ -51,6 +59,7 @@ def train_reward(
         pairs: training preferences.
         output: directory of checkpoints.
         steps, batch_size, learning_rate, seed: of the optimizer.
+        reward_settings, training_settings: further fields of `LatentRewardConfig` and `LatentRewardTrainingConfig`.
 
     Returns:
         `LatentReward`: with the averaged weights, ready to score.
@@ -58,22 +67,22 @@ def train_reward(
     output, averaged = Path(output), Path(output, "averaged")
     if averaged.is_dir():
         return LatentReward.from_pretrained(averaged, pipeline=pipeline)
-    reward = new_reward(pipeline, seed)
-    arguments = LatentRewardTrainingConfig(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        ema_decay=0.995,
-        logging_steps=50,
-        save_steps=max(steps // 4, 1),
-        save_total_limit=1,
-        report_to="none",
-        use_cpu=True,
-        seed=seed,
-    )
+    reward = new_reward(pipeline, seed, **(reward_settings or {}))
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 20,
+        "ema_decay": 0.995,
+        "logging_steps": 50,
+        "save_steps": max(steps // 4, 1),
+        "save_total_limit": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": seed,
+    }
+    arguments = LatentRewardTrainingConfig(output_dir=str(output), **{**settings, **(training_settings or {})})
     trainer = LatentRewardTrainer(reward, arguments, train_dataset=pairs)
     trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
     trainer.save_model(str(averaged))

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from dina_reward import LatentReward
 
 
-WEIGHTS = {"flow": "sd3", "ddpm": "sd1"}
-"""Directory of each world's pipeline; its reward is in the directory of that name with "-reward" added."""
+SHIPPED = ("flow", "ddpm")
+"""The worlds, each with a directory of its name, the pipeline, and one with "-reward" added."""
 
 
 def weights_dir(name: str) -> Path:
-    """The directory of shipped weights: "sd3" or "sd1" (the pipelines), "sd3-reward" or "sd1-reward" (their rewards)."""
+    """The directory of shipped weights: "flow" or "ddpm" (the pipelines), "flow-reward" or "ddpm-reward" (their rewards)."""
     root = Path(__file__).parent / "weights"
     directory = root / name
     if not directory.is_dir():
@@ -34,7 +34,7 @@ def load_pipeline(world: str = "flow", **kwargs: Any) -> Any:
     import torch
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-    directory = weights_dir(_weights(world))
+    directory = weights_dir(_known(world))
     if world == "ddpm":
         pipeline = StableDiffusionPipeline.from_pretrained(directory, **{"safety_checker": None, **kwargs})
         # Convolutions of this size run half as fast again on a CPU in this layout.
@@ -47,10 +47,10 @@ def load_reward(world: str = "flow", **kwargs: Any) -> LatentReward:
     """The shipped reward of a world; `kwargs`, for example `pipeline=`, go to `LatentReward.from_pretrained`."""
     from dina_reward import LatentReward
 
-    return LatentReward.from_pretrained(weights_dir(f"{_weights(world)}-reward"), **kwargs)
+    return LatentReward.from_pretrained(weights_dir(f"{_known(world)}-reward"), **kwargs)
 
 
-def _weights(world: str) -> str:
-    if world not in WEIGHTS:
-        raise ValueError(f"No world called {world!r}; there are: {', '.join(WEIGHTS)}.")
-    return WEIGHTS[world]
+def _known(world: str) -> str:
+    if world not in SHIPPED:
+        raise ValueError(f"No world called {world!r}; there are: {', '.join(SHIPPED)}.")
+    return world

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dina_reward.families import families
 from dina_reward.modeling import LatentRewardConfig
 
 from .ddpm import sample_ddim_latents, train_ddpm_generator
@@ -19,9 +20,8 @@ class World:
     """A generator of the shapes world and how to work with it.
 
     Args:
-        name (str): "flow" or "ddpm".
+        name (str): "flow" or "ddpm"; also the directory of the shipped pipeline, and with "-reward" of its reward.
         pipeline_class (str): name of the diffusers pipeline class.
-        weights (str): directory of the shipped pipeline; its reward is in `weights` + "-reward".
         train (Callable): trains the generator around an autoencoder.
         sample (Callable): draws latents, see `sample_latents` and `sample_ddim_latents`.
         eta (float): share of fresh noise of stochastic samples in the preference pool.
@@ -30,7 +30,6 @@ class World:
 
     name: str
     pipeline_class: str
-    weights: str
     train: Callable[..., Any]
     sample: Callable[..., Tensor]
     eta: float
@@ -38,27 +37,27 @@ class World:
 
     def reward_config(self, **kwargs: Any) -> LatentRewardConfig:
         """Configuration of the reward that reads this generator's blocks."""
-        return LatentRewardConfig(backbone_model_id=f"../{self.weights}", **{**self.backbone, **kwargs})
+        family = next(family for family in families() if self.pipeline_class in family.pipeline_classes)
+        defaults = {"family": family.name, "backbone_model_id": f"../{self.name}", **self.backbone}
+        return LatentRewardConfig(**{**defaults, **kwargs})
 
 
 WORLDS = (
     World(
         name="flow",
         pipeline_class="StableDiffusion3Pipeline",
-        weights="sd3",
         train=train_generator,
         sample=sample_latents,
         eta=0.8,
-        backbone={"family": "sd3", "num_layers": 4, "visual_taps": (2, 3, 4)},
+        backbone={"num_layers": 4, "visual_taps": (2, 3, 4)},
     ),
     World(
         name="ddpm",
         pipeline_class="StableDiffusionPipeline",
-        weights="sd1",
         train=train_ddpm_generator,
         sample=sample_ddim_latents,
         eta=1.0,
-        backbone={"family": "stable_diffusion", "num_layers": 3, "visual_taps": (1, 2, 3), "text_taps": (1,)},
+        backbone={"num_layers": 3, "visual_taps": (1, 2, 3), "text_taps": (1,)},
     ),
 )
 

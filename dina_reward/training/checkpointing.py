@@ -132,6 +132,9 @@ class AtomicCheckpointMixin(_Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        self._save_callbacks(output_dir)
+
+    def _save_callbacks(self, output_dir: str) -> None:
         for callback in self._checkpointed_callbacks():
             if self.args.should_save or callback.gathers:
                 callback.save_state(output_dir)

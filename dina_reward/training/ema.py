@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dina_reward.training.checkpointing import CheckpointedCallback
-from dina_reward.training.sharding import assign, is_main_process, local, trainable_parameters, whole
+from dina_reward.training.sharding import assign, is_main_process, local, reshard, trainable_parameters, whole
 
 
 EMA_WEIGHTS_NAME = "ema.safetensors"
@@ -40,16 +40,20 @@ class EMACallback(CheckpointedCallback):
         model (`nn.Module`): the unwrapped model that is trained.
         decay (`float`): upper limit of the decay, in ``(0, 1)``.
         update_every (`int`): optimizer steps between two updates.
+        root (`nn.Module`, *optional*): what FSDP2 shards as a whole, if that is a module around ``model``.
     """
 
     gathers = True
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, update_every: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, decay: float = 0.999, update_every: int = 1, *, root: nn.Module | None = None
+    ) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"EMA decay must lie strictly between 0 and 1, got {decay}")
         if update_every < 1:
             raise ValueError(f"EMA update_every must be at least 1 optimizer step, got {update_every}")
         self.model = model
+        self.root = model if root is None else root
         self.decay = decay
         self.update_every = update_every
         self._ema: EMAModel | None = None
@@ -63,6 +67,7 @@ class EMACallback(CheckpointedCallback):
         return 0 if self._ema is None else int(self._ema.optimization_step)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
+        reshard(self.root)
         return trainable_parameters(self.model)
 
     def _new_average(self) -> EMAModel:

@@ -1,10 +1,13 @@
-"""Running training metrics that are exact across ranks and micro-batches."""
+"""Metrics of pairs: running ones in training, exact across ranks and micro-batches, and those of an evaluation."""
 
 from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from dina_reward.evaluation import PairProtocol, pairwise_accuracy
+from dina_reward.likelihood import PreferenceLoss
 
 
 _NOISE_THIRDS = ("low_noise", "mid_noise", "high_noise")
@@ -43,3 +46,36 @@ class PairMetrics:
         return {
             name: float(total / count) for name, total, count in zip(names, sums, counts, strict=True) if count > 0
         }
+
+
+def evaluation_metrics(
+    chosen: Tensor, rejected: Tensor, p_chosen: Tensor, protocol: PairProtocol, loss: PreferenceLoss
+) -> dict[str, float]:
+    """Metrics of scored pairs.
+
+    | metric | meaning |
+    |---|---|
+    | ``accuracy_<level>``, ``accuracy_ensemble`` | pairwise accuracy of a setting; tied labels are left out |
+    | ``accuracy`` | mean of the accuracies at the single levels |
+    | ``margin`` | mean of chosen minus rejected score over pairs and single levels |
+    | ``loss``, ``brier`` | mean loss and mean ``(P(chosen > rejected) - p_chosen)^2`` over the same, unweighted |
+
+    Args:
+        chosen, rejected (`Tensor`): scores, shape ``(pairs, settings)``.
+        p_chosen (`Tensor`): labels, shape ``(pairs,)``.
+        protocol: names the settings.
+        loss: the training loss; its likelihood gives the probabilities.
+    """
+    levels, margins = protocol.noise_levels, chosen - rejected
+    accuracies = [pairwise_accuracy(column, p_chosen).value for column in margins.T]
+    metrics = {f"accuracy_{name}": value for name, value in zip(protocol.settings, accuracies, strict=True)}
+    metrics["accuracy"] = sum(accuracies[: len(levels)]) / len(levels)
+    metrics["margin"] = float(margins[:, : len(levels)].mean())
+    losses, briers = [], []
+    for column, level in enumerate(torch.tensor(levels)):
+        sides = chosen[:, column], rejected[:, column]
+        losses.append(loss(*sides, level, p_chosen))
+        briers.append((loss.probability(*sides, level) - p_chosen).square().mean())
+    metrics["loss"] = float(torch.stack(losses).mean())
+    metrics["brier"] = float(torch.stack(briers).mean())
+    return metrics

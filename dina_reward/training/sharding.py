@@ -7,6 +7,7 @@ whole tensors, gathered on all ranks; what is kept per rank (snapshots, moving a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,6 +94,19 @@ def exchange(parameters: Iterable[Tensor], tensors: Iterable[Tensor]) -> None:
         kept = values.clone()
         values.copy_(tensor)
         tensor.copy_(kept)
+
+
+def keep_scores_exact(plugin: Any) -> None:
+    """Makes FSDP2's mixed precision leave outputs as they are and add gradients in float32, as autocast under DDP does.
+
+    accelerate would round both to bfloat16, in which scores of similar latents are equal.
+
+    Args:
+        plugin: accelerate's FSDP plugin, before anything is sharded; nothing happens without mixed precision.
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 class ExactTimesteps:

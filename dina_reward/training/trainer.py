@@ -4,83 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
 from dina_reward.data import collate_preferences, preference_rows
-from dina_reward.evaluation import PairProtocol, PairScores, accuracy_by_noise, score_batch
-from dina_reward.families import Conditioning
+from dina_reward.data.sampler import bucketed_loader
+from dina_reward.evaluation import PairProtocol, score_batch
 from dina_reward.inputs import NonFiniteError
 from dina_reward.likelihood import PreferenceLoss, ThurstoneModel
-from dina_reward.modeling import LatentRewardModel
 from dina_reward.reward import LatentReward
+from dina_reward.training.batching import SequentialBucketSampler, gather_rows, has_buckets, make_batch_sampler
 from dina_reward.training.checkpointing import AtomicCheckpointMixin
 from dina_reward.training.config import LatentRewardTrainingConfig
 from dina_reward.training.ema import EMA_WEIGHTS_NAME, EMACallback
-from dina_reward.training.metrics import PairMetrics
+from dina_reward.training.metrics import PairMetrics, evaluation_metrics
 from dina_reward.training.pair_noise import PairNoiser
+from dina_reward.training.reward_files import load_reward, save_reward
+from dina_reward.training.sharding import ExactTimesteps, keep_scores_exact, reshard
+from dina_reward.training.trained_module import TrainedModule
 
 
 TRAINING_ARGS_FILE = "training_args.json"
-
-
-class TrainedModule(nn.Module):
-    """A `LatentRewardModel` in the shape that `transformers.Trainer` expects.
-
-    The trainer writes into ``model.config``, which is frozen in a reward, and it patches ``model.forward`` for autocast;
-    neither then touches the reward itself.
-    """
-
-    def __init__(self, reward_model: LatentRewardModel) -> None:
-        super().__init__()
-        self.reward_model = reward_model
-
-    def forward(
-        self, noisy_latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor
-    ) -> Tensor:
-        """Scores, shape ``(rows,)``; see `LatentRewardModel.forward`."""
-        return self.reward_model(noisy_latents, timestep, conditioning, prompt_index)
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recomputes every block's activations in the backward pass.
-
-        Raises:
-            ValueError: options that the backbones do not have.
-        """
-        if every_n_layers != 1 or offload:
-            raise ValueError(
-                "a reward's backbone recomputes every block; remove every_n_layers and offload from "
-                "activation_checkpointing_kwargs"
-            )
-        self.reward_model.enable_gradient_checkpointing()
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """The name of `gradient_checkpointing_enable` in newer releases of `transformers`."""
-        self.gradient_checkpointing_enable(**kwargs)
 
 
 class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
     """Trains a latent reward on preferences (arXiv 2602.11146).
 
     Every pair gets one noise level and one noise tensor, which both of its latents see; both sides go through the backbone
-    in one batch, each prompt encoded once. LoRA and head train in float32. Runs on one device, under DDP and under
-    DeepSpeed ZeRO 1 and 2; parameters sharded by FSDP or ZeRO-3 are refused.
+    in one batch, each prompt encoded once. LoRA and head train in float32. Runs on one device, under DDP, under FSDP2 and
+    under DeepSpeed ZeRO 1 and 2; FSDP1 and ZeRO-3 are refused.
 
-    Supported: soft labels and weights per pair, every level distribution of `LevelSampler`, moving average of the weights,
-    gradient accumulation and checkpointing, bf16 autocast, 8-bit optimizers, bit-exact resume on the CPU.
+    Supported: soft labels and weights per pair, prompts that are encoded already, every level distribution of
+    `LevelSampler`, a frozen or 4-bit backbone, moving average of the weights, gradient accumulation and checkpointing, bf16
+    autocast, 8-bit optimizers, bit-exact resume on the CPU. Datasets with an attribute ``bucket_of`` (see
+    `dina_reward.training.batching`) are read in batches of one latent shape each.
     Not supported: batches that mix latent shapes.
 
     Each ``checkpoint-N`` is itself a reward checkpoint with the trained (not averaged) weights. `save_model` and the model
@@ -102,6 +68,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         kwargs: further arguments of `transformers.Trainer`, e.g. ``callbacks``.
     """
 
+    args: LatentRewardTrainingConfig
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -112,33 +79,29 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         eval_dataset: Any | None = None,
         **kwargs: Any,
     ) -> None:
-        self.reward = reward.train()
-        self.preference_loss = PreferenceLoss(
-            args.loss_type,  # type: ignore[arg-type]
-            ThurstoneModel(reward.config.variance_scale, reward.config.variance_offset),
-            margin=args.margin,
-        )
+        self.reward = reward
+        self.preference_loss = _loss_of(reward, args)
         self.noiser = PairNoiser(reward.noise_process, args.level_sampler(), args.seed)
         ensemble = None if args.eval_ensemble_levels is None else tuple(args.eval_ensemble_levels)
         self.eval_protocol = PairProtocol(tuple(args.eval_noise_levels), ensemble, seed=args.eval_seed)
         self._pair_metrics = PairMetrics()
         self._micro_step = (-1, 0)
+        self._exact_timesteps: ExactTimesteps | None = None
+        _set_trainable(reward, args)
+        # FSDP2 shards it in place, so that it stays the trained module whatever it is wrapped in.
+        self._trained_module = TrainedModule(reward.model)
         super().__init__(
-            model=TrainedModule(reward.model),
+            model=self._trained_module,
             args=args,
             data_collator=kwargs.pop("data_collator", collate_preferences),
             train_dataset=None if train_dataset is None else preference_rows(train_dataset),
             eval_dataset=_eval_rows(eval_dataset),
             **kwargs,
         )
-        if self.is_fsdp_enabled or _is_zero3(self):
-            raise ValueError(
-                "LatentRewardTrainer does not train parameters sharded by FSDP or ZeRO-3; only LoRA and head are trained, "
-                "so use plain multi-GPU (DDP) or ZeRO 1 or 2"
-            )
+        _refuse_sharding(self)
         self.ema = None
         if args.ema_decay is not None:
-            self.ema = EMACallback(reward.model, args.ema_decay, args.ema_update_every)
+            self.ema = EMACallback(reward.model, args.ema_decay, args.ema_update_every, root=self._trained_module)
             self.add_callback(self.ema)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -146,8 +109,49 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         if self.train_dataset is None:
             raise ValueError("LatentRewardTrainer.train needs a train_dataset; none was given")
         self._micro_step = (-1, 0)
-        self.reward.train()
+        _set_trainable(self.reward, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches of one bucket each where the dataset has buckets; else those of `transformers.Trainer`."""
+        if not has_buckets(self.train_dataset):
+            return super().get_train_dataloader()
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = make_batch_sampler(
+            self.train_dataset,
+            self._train_batch_size,
+            seed,
+            num_replicas=args.world_size,
+            rank=args.process_index,
+        )
+        return self._bucket_loader(self.train_dataset, sampler)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Bucket by bucket where the dataset has buckets; else the data loader of `transformers.Trainer`."""
+        datasets: Any = self.eval_dataset
+        dataset = datasets if eval_dataset is None else eval_dataset
+        dataset = datasets[dataset] if isinstance(dataset, str) else dataset
+        if not has_buckets(dataset):
+            return super().get_eval_dataloader(eval_dataset)
+        args = self.args
+        sampler = SequentialBucketSampler(
+            dataset, args.eval_batch_size, num_replicas=args.world_size, rank=args.process_index
+        )
+        return self._bucket_loader(dataset, sampler)
+
+    def _bucket_loader(self, dataset: Any, batch_sampler: Any) -> DataLoader[Any]:
+        args = self.args
+        return bucketed_loader(
+            dataset,
+            batch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
 
     def compute_loss(
         self,
@@ -164,7 +168,8 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         """
         chosen, rejected = (self._spatial(inputs[side]) for side in ("chosen", "rejected"))
         noised = self.noiser(chosen, rejected, step=self.state.global_step, first_position=self._first_position())
-        conditioning, prompt_index = self.reward.encode_prompts(inputs["prompts"])
+        with self._given_prompts(inputs):
+            conditioning, prompt_index = self.reward.encode_prompts(inputs["prompts"])
         scores = model(noised.latents, noised.point.timestep.repeat(2), conditioning, prompt_index.repeat(2))
         if not bool(torch.isfinite(scores).all()):
             raise NonFiniteError(
@@ -182,6 +187,13 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         latents = family.unpack_latents(latents, config)
         family.check_latents(latents, config)
         return latents
+
+    def _given_prompts(self, batch: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside the context, prompts whose embeddings are in the batch are not encoded."""
+        conditioning = batch["conditioning"]
+        if conditioning is not None:
+            self.reward.family.check_conditioning(conditioning, self.reward.config.backbone_config)
+        return self.reward.prompt_encoder.given(batch["prompts"], conditioning)
 
     def _first_position(self) -> int:
         """Position of this rank's next micro-batch within the batch of the current optimizer step, in pairs."""
@@ -212,65 +224,108 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         module = self.reward.model
         was_training = module.training
         module.eval()
-        rows = []
-        with self._averaged_parameters(), self.accelerator.autocast():
+        table = self._score_dataset(dataloader)
+        module.train(was_training)
+        width = len(self.eval_protocol.settings)
+        chosen, rejected, p_chosen = table[:, :width], table[:, width : 2 * width], table[:, -1]
+        values = evaluation_metrics(chosen, rejected, p_chosen, self.eval_protocol, self.preference_loss)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        return EvalLoopOutput(
+            predictions=(chosen - rejected).numpy(), label_ids=None, metrics=metrics, num_samples=len(table)
+        )
+
+    def _score_dataset(self, dataloader: DataLoader[Any]) -> Tensor:
+        """Scores of the chosen and of the rejected sides at each setting and the label, a row per pair of all ranks."""
+        rows, positions = [], []
+        bucketed = isinstance(dataloader.batch_sampler, SequentialBucketSampler)
+        with torch.no_grad(), self._averaged_parameters(), self.accelerator.autocast():
             for index, batch in enumerate(dataloader):
                 first = (index * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
-                chosen, rejected = score_batch(self.reward, batch, self.eval_protocol, first)
+                if bucketed:
+                    first = dataloader.batch_sampler.first_positions[index]  # type: ignore[union-attr]
+                with self._given_prompts(batch):
+                    score = partial(score_batch, self.reward, batch, self.eval_protocol, first)
+                    chosen, rejected = self._trained_module(run=score)
                 row = torch.cat([chosen, rejected, batch["p_chosen"][:, None].to(chosen)], dim=1)
-                rows.append(self.accelerator.gather_for_metrics(row).cpu())
+                rows.append(row.cpu() if bucketed else self.accelerator.gather_for_metrics(row).cpu())
+                positions.append(first + torch.arange(len(row)))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        module.train(was_training)
-        table = torch.cat(rows)
-        width = len(self.eval_protocol.settings)
-        scores = PairScores(
-            table[:, :width],
-            table[:, width : 2 * width],
-            table[:, -1],
-            self.eval_protocol,
-            self.preference_loss.thurstone,
-        )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluation_metrics(scores).items()}
-        return EvalLoopOutput(
-            predictions=scores.margins.numpy(), label_ids=None, metrics=metrics, num_samples=len(table)
-        )
+        return gather_rows(torch.cat(rows), torch.cat(positions)) if bucketed else torch.cat(rows)
 
-    def _evaluation_metrics(self, scores: PairScores) -> dict[str, float]:
-        levels = self.eval_protocol.noise_levels
-        metrics = {f"accuracy_{name}": result.value for name, result in accuracy_by_noise(scores).items()}
-        metrics["accuracy"] = sum(metrics[f"accuracy_{level:g}"] for level in levels) / len(levels)
-        metrics["margin"] = float(scores.margins[:, : len(levels)].mean())
-        losses = [
-            self.preference_loss(scores.chosen[:, i], scores.rejected[:, i], torch.tensor(level), scores.p_chosen)
-            for i, level in enumerate(levels)
-        ]
-        metrics["loss"] = float(torch.stack(losses).mean())
-        return metrics
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled:
+            keep_scores_exact(self.accelerator.state.fsdp_plugin)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled and self._exact_timesteps is None:
+            self._exact_timesteps = ExactTimesteps(self._trained_module)
+        return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the reward as a native checkpoint; called by hand, with the averaged weights when EMA is on."""
+        """Writes the reward as a native checkpoint; called by hand, with the averaged weights when EMA is on.
+
+        Under FSDP2 all ranks have to call this together.
+        """
         with contextlib.nullcontext() if _internal_call else self._averaged_parameters():
-            super().save_model(output_dir, _internal_call)
+            if self.is_fsdp_enabled:
+                self._save(output_dir)  # the trainer's own way would write the frozen backbone too
+            else:
+                super().save_model(output_dir, _internal_call)
 
     def _averaged_parameters(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.ema is None else self.ema.average_parameters()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
         directory = Path(output_dir or self.args.output_dir or ".")
-        self.reward.save_pretrained(directory)
-        (directory / TRAINING_ARGS_FILE).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+        if self.is_fsdp_enabled:
+            reshard(self._trained_module)
+            save_reward(self.reward, directory, write=self.args.should_save)
+        elif self.args.should_save:
+            self.reward.save_pretrained(directory)
+        if self.args.should_save:
+            (directory / TRAINING_ARGS_FILE).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # As the parent does, without a second copy of the whole model, which would include the frozen backbone.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        self._save_callbacks(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.reward.load_weights(resume_from_checkpoint)
+        reshard(self._trained_module)
+        load_reward(self.reward, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
-        self.reward.load_weights(best)
+        self._load_from_checkpoint(best)
         if self.ema is not None and os.path.isfile(os.path.join(best, EMA_WEIGHTS_NAME)):
             self.ema.load_state(best)
+
+
+def _set_trainable(reward: LatentReward, args: LatentRewardTrainingConfig) -> None:
+    reward.train()
+    reward.model.set_trainable(True, lora=not args.freeze_backbone)
+
+
+def _loss_of(reward: LatentReward, args: LatentRewardTrainingConfig) -> PreferenceLoss:
+    config = reward.config
+    thurstone = ThurstoneModel(config.variance_scale, config.variance_offset)
+    loss = PreferenceLoss(args.loss_type, thurstone, margin=args.margin)  # type: ignore[arg-type]
+    if loss.likelihood != config.likelihood:
+        fitting = (
+            "'bradley_terry'" if config.likelihood == "bradley_terry" else "'thurstone_fidelity', 'thurstone_nll'"
+        )
+        raise ValueError(
+            f"loss_type {args.loss_type!r} fits the likelihood {loss.likelihood!r}, but the reward's is "
+            f"{config.likelihood!r}; set loss_type to {fitting}, or likelihood={loss.likelihood!r} in the reward's "
+            "configuration"
+        )
+    return loss
 
 
 def _eval_rows(eval_dataset: Any) -> Any:
@@ -281,6 +336,13 @@ def _eval_rows(eval_dataset: Any) -> Any:
     return preference_rows(eval_dataset)
 
 
-def _is_zero3(trainer: Trainer) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return plugin is not None and plugin.zero_stage == 3
+def _refuse_sharding(trainer: Trainer) -> None:
+    state = trainer.accelerator.state
+    deepspeed = getattr(state, "deepspeed_plugin", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "LatentRewardTrainer does not train parameters partitioned by ZeRO-3; use ZeRO 1 or 2, DDP, or FSDP2 for a "
+            "backbone that does not fit on one device"
+        )
+    if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError("LatentRewardTrainer runs under FSDP2, not FSDP1: set fsdp_version: 2 in fsdp_config")

@@ -76,3 +76,46 @@ def test_mixed_shapes_in_a_batch_are_refused() -> None:
     small = record(chosen=LATENT[:, :2], rejected=LATENT[:, :2])
     with pytest.raises(ValueError, match="group the dataset by resolution"):
         collate_preferences([record(), small])
+
+
+def test_embeddings_become_the_conditioning_of_the_batch() -> None:
+    assert collate_preferences([record()])["conditioning"] is None
+    first = record(prompt_embeds=np.ones((3, 2)), pooled_prompt_embeds=[1.0, 2.0, 3.0])
+    second = record(prompt_embeds=torch.zeros(3, 2, dtype=torch.bfloat16), pooled_prompt_embeds=torch.ones(3))
+    conditioning = collate_preferences([first, second])["conditioning"]
+    assert conditioning is not None
+    assert conditioning.prompt_embeds.tolist() == [[[1.0, 1.0]] * 3, [[0.0, 0.0]] * 3]
+    assert conditioning.pooled_prompt_embeds is not None
+    assert conditioning.pooled_prompt_embeds.tolist() == [[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]
+    assert conditioning.prompt_embeds_mask is None
+
+
+def test_embeddings_of_different_lengths_are_padded_and_masked() -> None:
+    short, long = (record(prompt_embeds=torch.ones(length, 2)) for length in (1, 3))
+    conditioning = collate_preferences([short, long])["conditioning"]
+    assert conditioning is not None
+    assert conditioning.prompt_embeds_mask is not None
+    assert conditioning.prompt_embeds_mask.tolist() == [[True, False, False], [True, True, True]]
+    assert conditioning.prompt_embeds[0].tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+    masked = record(prompt_embeds=torch.ones(3, 2), prompt_embeds_mask=[True, True, False])
+    conditioning = collate_preferences([masked, masked])["conditioning"]
+    assert conditioning is not None
+    assert conditioning.token_mask.sum().item() == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt_embeds": torch.ones(2, 2)}, {}], "with different embedding columns"),
+        (
+            [{"prompt_embeds": torch.ones(2, 2)}, {"prompt_embeds": torch.ones(2, 3)}],
+            "with different embedding columns",
+        ),
+        ([{"prompt_embeds": torch.ones(2)}], r"prompt_embeds has shape \(2,\)"),
+        ([{"prompt_embeds": torch.full((2, 2), float("nan"))}], "embeddings of the prompt 'a cat' hold NaN"),
+        ([{"prompt_embeds": torch.ones(2, 2), "prompt_embeds_mask": [True]}], "has 1 entries for 2 tokens"),
+    ],
+)
+def test_unusable_embeddings_are_refused(rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        collate_preferences([record(**row) for row in rows])

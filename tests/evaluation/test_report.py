@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dina_reward.evaluation import (
     report_from_scores,
     score_pairs,
 )
-from dina_reward.likelihood import ThurstoneModel, thurstone_preference
+from dina_reward.likelihood import BradleyTerryModel, ThurstoneModel, thurstone_preference
 from dina_reward.reward import LatentReward
 from tests.training.tiny_reward import separable_pairs, tiny_reward
 
@@ -55,12 +56,16 @@ def test_batch_size_does_not_matter(reward: LatentReward) -> None:
 
 
 def test_ensemble_uses_the_mean_variance_of_its_levels(scores: PairScores) -> None:
-    variances = PROTOCOL.variances(ThurstoneModel())
     expected = [2 * 0.01 + 0.05, 2 * 0.25 + 0.05, 2 * (0.04 + 0.36) / 2 + 0.05]
-    torch.testing.assert_close(variances, torch.tensor(expected))
+    torch.testing.assert_close(ThurstoneModel().variance(PROTOCOL.levels), torch.tensor(expected))
     torch.testing.assert_close(
         scores.probabilities[:, 2], thurstone_preference(scores.margins[:, 2], torch.tensor(expected[2]))
     )
+
+
+def test_probabilities_are_those_of_the_rewards_likelihood(scores: PairScores) -> None:
+    logistic = replace(scores, preference_model=BradleyTerryModel())
+    torch.testing.assert_close(logistic.probabilities, torch.sigmoid(scores.margins))
 
 
 def test_report_numbers_and_tables(scores: PairScores) -> None:

@@ -27,6 +27,16 @@ def pipeline_images(output: Any) -> Any:
     return output.images
 
 
+def packed(setup: Setup, noise: Tensor) -> Tensor:
+    """The layout of the pipeline."""
+    return setup.family.pack_latents(noise)
+
+
+def as_returned(_: Setup, latents: Tensor) -> Tensor:
+    """What most pipelines return is in a layout of the family."""
+    return latents
+
+
 @dataclass(frozen=True)
 class Row:
     """A family's row.
@@ -46,6 +56,8 @@ class Row:
         size: height and width in pixels for whole rollouts.
         num_frames: of a video.
         result: output of the pipeline -> images or latents.
+        given: noise in the spatial layout -> what the pipeline takes as ``latents``.
+        returned: latents that the pipeline returned -> in a layout of the family, where they are not.
     """
 
     name: str
@@ -63,6 +75,8 @@ class Row:
     size: tuple[int, int] = (64, 96)
     num_frames: int = 1
     result: Callable[[Any], Any] = pipeline_images
+    given: Callable[[Setup, Tensor], Tensor] = packed
+    returned: Callable[[Setup, Tensor], Tensor] = as_returned
 
 
 @dataclass

@@ -73,6 +73,25 @@ def test_backbone_equals_the_full_model_at_the_taps(setup: Setup) -> None:
 
 
 @torch.no_grad()
+def test_image_tokens_lie_on_their_grid_row_by_row(setup: Setup) -> None:
+    inputs = (setup.timestep, setup.conditioning)
+    first_block = setup.family.build_backbone(setup.denoiser, num_layers=1, visual_taps=(1,), text_taps=())
+    before = first_block(setup.latents, *inputs)
+    if setup.family.has_frames:
+        assert before.grid is None
+        return
+    assert before.grid is not None
+    rows, columns = before.grid
+    assert before.visual[0].shape[1] == rows * columns
+    side = setup.latents.shape[-1] // columns
+    assert (rows * side, columns * side) == setup.latents.shape[-2:]
+    changed = setup.latents.clone()
+    changed[..., :side, -side:] += 3.0  # upper right corner
+    after = first_block(changed, *inputs)
+    assert (after.visual[0] - before.visual[0]).norm(dim=-1).argmax(dim=1).tolist() == [columns - 1] * 2
+
+
+@torch.no_grad()
 def test_prompt_index_selects_rows(setup: Setup) -> None:
     backbone = setup.backbone()
     index = torch.tensor([1, 1])
@@ -129,13 +148,14 @@ def test_more_blocks_than_the_model_has_are_refused(setup: Setup) -> None:
 @torch.no_grad()
 def test_decoding_equals_the_pipelines_own(setup: Setup) -> None:
     height, width = setup.row.size
-    arguments = {"height": height, "width": width, "num_inference_steps": 1, **setup.row.arguments}
+    arguments = {"height": height, "width": width, "num_inference_steps": 2, **setup.row.arguments}
     images, latents = (
         setup.row.result(
-            setup.pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments)
+            setup.pipeline(prompt="a cat", generator=torch.Generator().manual_seed(0), output_type=kind, **arguments)
         )
         for kind in ("pt", "latent")
     )
+    latents = setup.row.returned(setup, latents)
     spatial = setup.family.unpack_latents(latents, setup.denoiser.config, height=height, width=width)
     assert spatial.shape[1:] == setup.latent_shape()
     torch.testing.assert_close(setup.family.decode_latents(setup.pipeline, spatial), images, rtol=0, atol=1e-5)
@@ -259,11 +279,24 @@ def test_bfloat16_backbone_with_float32_scores(setup: Setup) -> None:
     torch.testing.assert_close(scores, expected, rtol=0, atol=0.1)
 
 
+def test_four_bit_backbone_scores_and_trains(setup: Setup) -> None:
+    exact = trained_reward(setup).eval()(setup.latents, PROMPTS, seed=0)
+    reward = trained_reward(setup, load_in_4bit=True)
+    scores = reward.score(setup.latents, PROMPTS, seed=0).scores
+    assert 0 < float((scores.detach() - exact).abs().max()) < 0.5
+    scores.sum().backward()
+    lora = [p.grad for name, p in reward.model.trainable_state().items() if "lora_A" in name]
+    assert sum(gradient is not None and float(gradient.abs().sum()) > 0 for gradient in lora) > 0
+
+
 def test_a_training_step_lowers_the_loss(setup: Setup) -> None:
     reward = LatentReward.from_config(setup.reward_config(), pipeline=setup.pipeline)
     reward.model.enable_gradient_checkpointing()
     parameters = list(reward.model.trainable_state().values())
-    optimizer, loss_function = torch.optim.AdamW(parameters, lr=1e-3), PreferenceLoss("thurstone_nll", ThurstoneModel())
+    optimizer, loss_function = (
+        torch.optim.AdamW(parameters, lr=1e-3),
+        PreferenceLoss("thurstone_nll", ThurstoneModel()),
+    )
     losses = []
     for _ in range(2):
         better, worse = (
@@ -343,10 +376,10 @@ def test_ode_rollout_equals_the_pipelines_own_output(setup: Setup, guided: bool)
     pipeline, (height, width) = setup.row.pipeline(), setup.row.size
     noise = torch.randn(1, *setup.latent_shape(), generator=torch.Generator().manual_seed(3))
     output = pipeline(
-        PROMPTS[1],
+        prompt=PROMPTS[1],
         height=height,
         width=width,
-        latents=setup.family.pack_latents(noise),
+        latents=setup.row.given(setup, noise),
         num_inference_steps=4,
         output_type="latent",
         **arguments,
@@ -355,9 +388,9 @@ def test_ode_rollout_equals_the_pipelines_own_output(setup: Setup, guided: bool)
     bound = policy.bind(policy.encode([PROMPTS[1]], CPU), policy.encode_negative(CPU))
     latents = sample(bound, noise, policy.sampler(4, noise.shape[1:])).latents
     assert float((latents - noise).abs().max()) > 0.1
-    torch.testing.assert_close(
-        setup.family.pack_latents(latents), setup.row.result(output), rtol=0, atol=1e-5 * float(latents.abs().max())
-    )
+    expected = setup.row.returned(setup, setup.row.result(output))
+    atol = 1e-5 * float(latents.abs().max())
+    torch.testing.assert_close(setup.family.pack_latents(latents), expected, rtol=0, atol=atol)
 
 
 def test_guidance_mixes_two_predictions(setup: Setup) -> None:

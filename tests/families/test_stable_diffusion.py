@@ -322,9 +322,12 @@ def test_the_unread_part_of_a_loaded_unet_is_let_go(tmp_path: Path) -> None:
     assert (len(whole.down_blocks), len(whole.up_blocks)) == (2, 2)
 
 
-def test_classes_find_the_family_and_sdxl_does_not(pipeline: Any) -> None:
+def test_classes_find_the_family_and_unets_with_other_inputs_do_not(pipeline: Any) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     assert family_of(pipeline) is FAMILY
-    with pytest.raises(ValueError, match="StableDiffusionXLPipeline belongs to no supported model family"):
-        family_of(StableDiffusionXLPipeline.__new__(StableDiffusionXLPipeline))
+    assert family_of(pipeline.unet) is FAMILY
+    assert family_of(StableDiffusionXLPipeline.__new__(StableDiffusionXLPipeline)) is not FAMILY
+    unet = tiny_unet(addition_embed_type="text", encoder_hid_dim=None, addition_embed_type_num_heads=4)
+    with pytest.raises(ValueError, match="UNet2DConditionModel belongs to no supported model family"):
+        family_of(unet)

@@ -27,8 +27,8 @@ def test_stages_run_in_order_whatever_the_order_of_their_names(calls, tmp_path):
     build(tmp_path, ["generator", "vae"], seed=3)
     assert calls == [("vae", 3), ("generator", 3)]
     assert [directory for _, directory in STAGES.values()] == [
-        *("vae", "sd3", "sd3-preferences", "sd3-reward"),
-        *("sd1", "sd1-preferences", "sd1-reward"),
+        *("vae", "flow", "flow-preferences", "flow-reward"),
+        *("ddpm", "ddpm-preferences", "ddpm-reward"),
     ]
 
 
@@ -41,7 +41,7 @@ def test_finished_stages_are_kept(calls, tmp_path, capsys):
 
 def test_force_makes_only_the_named_stages_anew(calls, tmp_path):
     build(tmp_path, ["vae", "generator"])
-    (tmp_path / "sd3").rmdir()
+    (tmp_path / "flow").rmdir()
     build(tmp_path, ["generator"], force=True)
     assert [name for name, _ in calls] == ["vae", "generator", "generator"]
 
@@ -61,5 +61,5 @@ def test_configurations_forget_where_models_came_from(tmp_path):
 
 
 def test_shipped_configurations_name_no_path():
-    root = weights_dir("sd3").parent
+    root = weights_dir("flow").parent
     assert not [path for path in root.rglob("*.json") if '"_name_or_path"' in path.read_text()]

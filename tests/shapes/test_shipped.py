@@ -22,7 +22,7 @@ def test_import_is_light_and_names_resolve():
 
 
 def test_everything_shipped_is_small():
-    files = [path for path in weights_dir("sd3").parent.rglob("*") if path.is_file()]
+    files = [path for path in weights_dir("flow").parent.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
@@ -35,7 +35,7 @@ def test_weights_load_in_full_precision(world, count):
 
 
 def test_unknown_weights_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match="shipped: sd1, sd1-reward, sd3, sd3-reward"):
+    with pytest.raises(ValueError, match="shipped: ddpm, ddpm-reward, flow, flow-reward"):
         weights_dir("sd9")
     with pytest.raises(ValueError, match="No world called 'pixel'; there are: flow, ddpm"):
         load_pipeline("pixel")
@@ -60,7 +60,7 @@ def test_attributes_are_heard_above_chance(world, least):
 
 @pytest.mark.parametrize("world", ["flow", "ddpm"])
 def test_pipeline_runs_as_a_plain_diffusers_pipeline(world):
-    pipeline = DiffusionPipeline.from_pretrained(weights_dir({"flow": "sd3", "ddpm": "sd1"}[world]))
+    pipeline = DiffusionPipeline.from_pretrained(weights_dir(world))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(sample_prompts(2, seed=0), num_inference_steps=2).images
     assert [image.size for image in images] == [(32, 32)] * 2

@@ -9,7 +9,8 @@ from trl import TrlParser
 
 from dina_reward import LatentReward
 from dina_reward.training import run
-from tests.training.tiny_reward import separable_pairs
+from tests.training.bucketed import embedded_rows
+from tests.training.tiny_reward import separable_pairs, tiny_reward, training_config
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -37,7 +38,7 @@ def test_configs_are_valid_and_say_how_to_launch_them(recipe: dict[str, Any], co
     assert all(word in header for word in ("Hardware:", "Launch:", "Override:", config.name))
     overrides = ["--dataset_name", "x", "--output_dir", str(tmp_path), "--use_cpu"]
     arguments, training_args = parse(recipe, ["--config", str(config), *overrides])
-    assert max(arguments.visual_taps) == arguments.num_layers
+    assert arguments.visual_taps is None or max(arguments.visual_taps) == arguments.num_layers
     assert arguments.lora_alpha == 2 * arguments.lora_r
     assert training_args.lr_scheduler_type in ("constant", "cosine")
 
@@ -52,6 +53,83 @@ def test_medium_config_is_the_published_recipe(recipe: dict[str, Any], tmp_path:
     assert training_args.bf16
     assert training_args.max_grad_norm == 1.0
     assert training_args.num_train_epochs == 1
+
+
+FLUX = {"num_layers": 19, "visual_taps": [8, 12, 16, 19], "head_width": 1536, "lora_r": 64}
+POOLED = {"num_layers": 37, "visual_taps": [15, 23, 28, 37], "head_kind": "pooled", "likelihood": "bradley_terry"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "training"),
+    [
+        ("flux1_dev", FLUX, {"loss_type": "thurstone_fidelity"}),
+        ("sd35_medium_qlora", {"load_in_4bit": True, "visual_taps": [4, 8, 12]}, {"optim": "adamw_bnb_8bit"}),
+        ("dit_reward_sd35_large", POOLED, {"level_distribution": "constant", "level_value": 0.005}),
+        ("drm_sd35", {"num_layers": 21, "visual_taps": [21], "head_kind": "conv"}, {"loss_type": "bradley_terry"}),
+        ("sdxl", {"num_layers": 4, "visual_taps": [2, 3, 4]}, {"loss_type": "thurstone_fidelity"}),
+    ],
+)
+def test_configs_of_neighbours(
+    recipe: dict[str, Any], tmp_path: Path, name: str, expected: dict[str, Any], training: dict[str, Any]
+) -> None:
+    config = RECIPES / "configs" / f"train_reward_{name}.yaml"
+    overrides = ["--dataset_name", "x", "--output_dir", str(tmp_path), "--use_cpu"]
+    arguments, training_args = parse(recipe, ["--config", str(config), *overrides])
+    assert {key: getattr(arguments, key) for key in expected} == expected
+    assert {key: getattr(training_args, key) for key in training} == training
+    assert (arguments.likelihood == "bradley_terry") == (training_args.loss_type == "bradley_terry")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"head_kind": "mlp"}, "unknown head kind 'mlp'"),
+        ({"likelihood": "gumbel"}, "unknown likelihood 'gumbel'"),
+        ({"head_kind": "conv", "use_text_features": True}, "reads image tokens alone"),
+        ({"noise_level": []}, "noise_level is empty"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_loaded(
+    overrides: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run.TrainRewardArguments("model", "dataset", **overrides)
+
+
+def test_what_is_left_open_is_the_default_for_the_model(sd3_pipeline: Any) -> None:
+    from dina_reward.modeling import default_reward_config
+
+    config = run.reward_config(run.TrainRewardArguments("model", "dataset"), sd3_pipeline)
+    default = default_reward_config(sd3_pipeline)
+    assert (config.num_layers, config.visual_taps) == (default.num_layers, default.visual_taps)
+    assert config.head == default.head
+    arguments = run.TrainRewardArguments(
+        "model", "dataset", num_layers=2, visual_taps=[2], head_kind="pooled", head_width=24, noise_level=[0.005]
+    )
+    config = run.reward_config(arguments, sd3_pipeline)
+    assert (config.head.kind, config.head.width, config.text_taps, config.noise_level) == ("pooled", 24, (), 0.005)
+    with pytest.raises(ValueError, match="give both, or neither"):
+        run.reward_config(run.TrainRewardArguments("model", "dataset", num_layers=2), sd3_pipeline)
+
+
+def test_no_text_encoder_is_loaded_for_encoded_prompts(sd3_pipeline: Any, tmp_path: Path) -> None:
+    import datasets
+
+    sd3_pipeline.save_pretrained(tmp_path / "pipeline")
+    rows = embedded_rows(sd3_pipeline, tiny_reward(pipeline=sd3_pipeline), 8)
+    lists = [
+        {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()} for row in rows
+    ]
+    datasets.Dataset.from_list(lists).save_to_disk(str(tmp_path / "pairs"))
+    arguments = run.TrainRewardArguments(
+        str(tmp_path / "pipeline"), str(tmp_path / "pairs"), dataset_test_split="train", max_eval_pairs=4, num_layers=2,
+        visual_taps=[1, 2], lora_r=4, lora_alpha=8, max_sequence_length=8,
+    )  # fmt: skip
+    pipeline, pairs, held_out = run.load_inputs(arguments, seed=0)
+    assert pipeline.text_encoder is pipeline.text_encoder_2 is pipeline.text_encoder_3 is None
+    assert (len(pairs), len(held_out)) == (8, 4)
+    run.train_reward(arguments, training_config(tmp_path / "out", max_steps=2, per_device_train_batch_size=4))
+    assert (tmp_path / "out" / "evaluation.png").exists()
 
 
 def test_unknown_key_is_an_error(recipe: dict[str, Any], tmp_path: Path) -> None:

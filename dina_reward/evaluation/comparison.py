@@ -1,0 +1,349 @@
+"""Several rewards side by side on one dataset: accuracy with confidence intervals, calibration, slices, cost."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dina_reward.data.preference import Preference
+from dina_reward.evaluation.accuracy import Accuracy, TieConvention, pair_credit, pairwise_accuracy, ranking_weights
+from dina_reward.evaluation.bootstrap import ClusterBootstrap
+from dina_reward.evaluation.calibration import Calibration, measure_calibration
+from dina_reward.evaluation.cost import Cost
+from dina_reward.evaluation.distribution import ScoreDistribution, describe_scores
+from dina_reward.evaluation.pair_table import PairTable
+from dina_reward.evaluation.scored_pairs import ScoredPairs, score_dataset
+from dina_reward.evaluation.scorers import Scorer
+from dina_reward.evaluation.settings import Setting
+from dina_reward.evaluation.ties import TieThreshold, tune_tie_threshold, validation_half
+
+
+MAX_SLICES = 40
+REST = "all others"
+"""Name of the sources or resolutions that are too many to be listed one by one."""
+
+
+@dataclass(frozen=True)
+class SettingReport:
+    """One reward in one setting.
+
+    Args:
+        setting: levels, draws and ensemble.
+        accuracy: with its bootstrap interval.
+        threshold: of predicted ties.
+        calibration: of the reward's likelihood; ``None`` where it has none.
+        distribution: of the raw scores.
+        by_source, by_resolution: accuracy of the pairs of each source and resolution.
+    """
+
+    setting: Setting
+    accuracy: Accuracy
+    threshold: TieThreshold
+    calibration: Calibration | None
+    distribution: ScoreDistribution
+    by_source: dict[str, Accuracy]
+    by_resolution: dict[str, Accuracy]
+
+
+@dataclass(frozen=True)
+class ScorerReport:
+    """One reward in all its settings.
+
+    Args:
+        name: of the reward.
+        likelihood: model of the probabilities that calibration is measured of, ``None`` without one.
+        settings: by name.
+        cost: seconds and memory.
+    """
+
+    name: str
+    likelihood: str | None
+    settings: dict[str, SettingReport]
+    cost: Cost
+
+    @property
+    def headline(self) -> str:
+        """The setting that stands for the reward where only one can: the first ensemble, else the first setting.
+
+        It does not depend on the results; the best of many settings would flatter the reward.
+        """
+        return next((name for name, r in self.settings.items() if r.setting.is_ensemble), next(iter(self.settings)))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of accuracy between two rewards on the same pairs, with a paired bootstrap interval.
+
+    Args:
+        reward, baseline: names of reward and setting.
+        value: accuracy of the reward minus accuracy of the baseline.
+        interval: 95 % of the resamples.
+    """
+
+    reward: tuple[str, str]
+    baseline: tuple[str, str]
+    value: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything an evaluation found out.
+
+    Args:
+        dataset: its name.
+        ties: the tie convention.
+        pairs, prompts: counts; prompts are what is resampled.
+        seed: of noise, resampling and tuning.
+        resamples: of the bootstrap.
+        rewards: in the order given.
+        differences: every further reward's headline setting against the first one's.
+        notes: what a reader of the numbers has to know.
+    """
+
+    dataset: str
+    ties: TieConvention
+    pairs: int
+    prompts: int
+    seed: int
+    resamples: int
+    rewards: tuple[ScorerReport, ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary for JSON; what cannot be computed is ``None``."""
+        return _plain(asdict(self))
+
+    def table(self) -> str:
+        """Markdown tables, see `dina_reward.evaluation.tables`."""
+        from dina_reward.evaluation.tables import comparison_table
+
+        return comparison_table(self)
+
+
+@dataclass(frozen=True)
+class AnalysisOptions:
+    """How scores become a report.
+
+    Args:
+        ties: tie convention.
+        tie_threshold: threshold of predicted ties; ``None``: zero, or tuned where the convention says so.
+        resamples: of the bootstrap.
+        num_bins: of the reliability curve.
+        seed: of resampling and of the half that a threshold is tuned on.
+    """
+
+    ties: TieConvention
+    tie_threshold: float | None = None
+    resamples: int = 1000
+    num_bins: int = 10
+    seed: int = 0
+
+
+def evaluate_scorers(
+    scorers: Sequence[Scorer],
+    pairs: Iterable[Preference | Mapping[str, Any]],
+    *,
+    pipeline: Any | Sequence[Any] | None = None,
+    ties: str | TieConvention = "half",
+    tie_threshold: float | None = None,
+    dataset: str = "preferences",
+    resamples: int = 1000,
+    num_bins: int = 10,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """Evaluates rewards on one dataset.
+
+    Example:
+        >>> scorers = [LatentScorer(reward), CallableScorer(ClipReward.from_pretrained("yuvalkirstain/PickScore_v1"))]
+        >>> comparison = evaluate_scorers(scorers, read_preferences("pairs.json"), pipeline=pipe, ties="pickscore")
+        >>> print(comparison.table())
+
+    Args:
+        scorers: with different names.
+        pairs: `Preference` records or training rows; it is gone through once for every scorer, so not a generator.
+        pipeline: encodes images and decodes latents; one for all, or one per scorer.
+        ties: tie convention, see `TIE_CONVENTIONS`; `BENCHMARK_TIES` has the one of each benchmark.
+        tie_threshold: margins of at most this size are predicted ties. Default: zero; under a convention that tunes it
+            (``pickscore``), tuned for each reward and setting on half of the prompts, and reported on the other half.
+        dataset: name for the report.
+        resamples: of the bootstrap.
+        num_bins: of the reliability curve.
+        batch_size: samples per pass.
+        seed: of every draw.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: no scorers, repeated names, unusable pairs, or a ranking convention on pairs without groups.
+    """
+    names = [scorer.name for scorer in scorers]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"rewards need different names, and there must be at least one; got {names}")
+    pipelines = list(pipeline) if isinstance(pipeline, list | tuple) else [pipeline] * len(names)
+    scored = [
+        score_dataset(scorer, pairs, pipeline=own, batch_size=batch_size, seed=seed, progress=progress)
+        for scorer, own in zip(scorers, pipelines, strict=True)
+    ]
+    options = AnalysisOptions(TieConvention.named(ties), tie_threshold, resamples, num_bins, seed)
+    return compare(list(zip(scorers, scored, strict=True)), options, dataset=dataset)
+
+
+def compare(
+    scored: Sequence[tuple[Scorer, ScoredPairs]], options: AnalysisOptions, dataset: str = "preferences"
+) -> Comparison:
+    """The report of datasets that have been scored already; all must be of the same pairs."""
+    table = scored[0][1].table
+    if any(other.table.prompts != table.prompts or other.table.p_a != table.p_a for _, other in scored):
+        raise ValueError("the rewards were scored on different pairs; score each on the same dataset")
+    if options.ties.per_ranking and not all(table.groups):
+        raise ValueError(
+            f"the tie convention {options.ties.name!r} averages over rankings, and the dataset does not say which pairs "
+            "belong to one (group); choose another convention, such as 'half'"
+        )
+    tuning = options.tie_threshold is None and options.ties.tuned_threshold
+    held = validation_half(table.clusters, options.seed) if tuning else np.zeros(len(table), dtype=bool)
+    analysis = _Analysis(table, options, held)
+    reports = tuple(analysis.report(scorer, pairs) for scorer, pairs in scored)
+    return Comparison(
+        dataset=dataset,
+        ties=options.ties,
+        pairs=len(table),
+        prompts=len(set(table.clusters)),
+        seed=options.seed,
+        resamples=options.resamples,
+        rewards=reports,
+        differences=tuple(analysis.difference(report, reports[0]) for report in reports[1:]),
+        notes=_notes(table, options, held),
+    )
+
+
+class _Analysis:
+    """What all rewards and settings share: the pairs that are reported, their resamples and slices."""
+
+    def __init__(self, table: PairTable, options: AnalysisOptions, held: np.ndarray) -> None:
+        self.table, self.options, self.held = table, options, held
+        self.kept = np.flatnonzero(~held)
+        self.rankings = [table.groups[pair] for pair in self.kept] if options.ties.per_ranking else None
+        clusters = table.clusters
+        self.bootstrap = ClusterBootstrap(
+            [clusters[pair] for pair in self.kept], resamples=options.resamples, seed=options.seed
+        )
+        self.slices = {
+            "source": self._slices([table.sources[pair] for pair in self.kept]),
+            "resolution": self._slices([table.resolutions[pair] for pair in self.kept]),
+        }
+        self.resampled: dict[tuple[str, str], np.ndarray] = {}
+
+    def report(self, scorer: Scorer, scored: ScoredPairs) -> ScorerReport:
+        margins, labels = self.table.margins(scored.scores), self.table.labels
+        probabilities = scorer.probabilities(margins)
+        settings = {}
+        for column, setting in enumerate(scorer.settings):
+            threshold = self._threshold(margins[:, column], labels)
+            accuracies = self._accuracies((scorer.name, setting.name), margins[:, column], labels, threshold.value)
+            settings[setting.name] = SettingReport(
+                setting=setting,
+                accuracy=accuracies[0],
+                threshold=threshold,
+                calibration=None
+                if probabilities is None
+                else measure_calibration(probabilities[:, column], labels, num_bins=self.options.num_bins),
+                distribution=describe_scores(scored.scores[:, column]),
+                by_source=accuracies[1],
+                by_resolution=accuracies[2],
+            )
+        return ScorerReport(scorer.name, scorer.likelihood, settings, scored.cost)
+
+    def difference(self, report: ScorerReport, baseline: ScorerReport) -> Difference:
+        """Headline settings on the same resamples."""
+        one, other = ((each.name, each.headline) for each in (report, baseline))
+        drawn = self.resampled[one] - self.resampled[other]
+        low, high = self.bootstrap.interval(drawn[:, None])[0]
+        values = [each.settings[each.headline].accuracy.value for each in (report, baseline)]
+        return Difference(one, other, values[0] - values[1], (float(low), float(high)))
+
+    def _threshold(self, margins: Any, labels: Any) -> TieThreshold:
+        if self.options.tie_threshold is not None:
+            return TieThreshold(self.options.tie_threshold, "given")
+        if not self.options.ties.tuned_threshold:
+            return TieThreshold()
+        value = tune_tie_threshold(margins[self.held], labels[self.held], self.options.ties)
+        return TieThreshold(value, "tuned", int(self.held.sum()))
+
+    def _accuracies(
+        self, key: tuple[str, str], margins: Any, labels: Any, threshold: float
+    ) -> tuple[Accuracy, dict[str, Accuracy], dict[str, Accuracy]]:
+        """Accuracy of all reported pairs, and by source and resolution, each with its interval."""
+        margins, labels = margins[self.kept], labels[self.kept]
+        credit = pair_credit(margins, labels, self.options.ties, threshold).numpy()
+        slices = [np.ones(len(credit), dtype=bool)]
+        slices += [rows for group in self.slices.values() for rows in group.values()]
+        columns = np.stack([np.where(rows, credit, np.nan) for rows in slices], axis=1)
+        counted = ~np.isnan(credit)
+        weights = None
+        if self.rankings is not None:
+            weights = np.stack([self._weights(rows & counted) for rows in slices], axis=1)
+        drawn = self.bootstrap.means(columns, weights)
+        self.resampled[key] = drawn[:, 0]
+        results = [
+            replace(self._accuracy(margins, labels, threshold, rows), interval=(float(low), float(high)))
+            for rows, (low, high) in zip(slices, self.bootstrap.interval(drawn), strict=True)
+        ]
+        rest = iter(results[1:])
+        by_source, by_resolution = ({name: next(rest) for name in group} for group in self.slices.values())
+        return results[0], by_source, by_resolution
+
+    def _accuracy(self, margins: Any, labels: Any, threshold: float, rows: np.ndarray) -> Accuracy:
+        rankings = None
+        if self.rankings is not None:
+            rankings = [ranking for ranking, inside in zip(self.rankings, rows, strict=True) if inside]
+        return pairwise_accuracy(
+            margins[rows], labels[rows], ties=self.options.ties, tie_threshold=threshold, rankings=rankings
+        )
+
+    def _weights(self, rows: np.ndarray) -> np.ndarray:
+        """Weight of each pair within the rankings of a slice, zero outside it."""
+        assert self.rankings is not None
+        weights = np.zeros(len(rows))
+        inside = [self.rankings[row] for row in np.flatnonzero(rows)]
+        weights[rows] = ranking_weights(inside).numpy()
+        return weights
+
+    @staticmethod
+    def _slices(names: list[str]) -> dict[str, np.ndarray]:
+        """Rows of each named part, the largest first; small parts beyond `MAX_SLICES` become one."""
+        counts = Counter(name for name in names if name)
+        large = [name for name, _ in counts.most_common(MAX_SLICES)]
+        shown = [name if name in large or not name else REST for name in names]
+        values = np.array(shown, dtype=object)
+        return {name: values == name for name in (*large, REST) if name in shown}
+
+
+def _notes(table: PairTable, options: AnalysisOptions, held: np.ndarray) -> tuple[str, ...]:
+    notes = []
+    if held.any():
+        notes.append(
+            f"accuracy is of {int((~held).sum())} pairs; the tie threshold was tuned on the {int(held.sum())} pairs of the "
+            "other half of the prompts, for each reward and setting"
+        )
+    if options.ties.per_ranking and (incomplete := table.incomplete_rankings()):
+        notes.append(f"{incomplete} rankings lack pairs; their share of inversions is over the pairs that are there")
+    if len(set(table.clusters)) < 2:
+        notes.append("all pairs are of one prompt, so there is no confidence interval")
+    return tuple(notes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

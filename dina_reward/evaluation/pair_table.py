@@ -1,0 +1,126 @@
+"""What an evaluation knows of each pair besides its scores: label, prompt, ranking, source, resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dina_reward.data.preference import Preference
+from dina_reward.data.records import PreferencePair, check_columns
+
+
+@dataclass
+class PairTable:
+    """Labels of pairs, one entry for each, in the order of the dataset.
+
+    Args:
+        prompts, sources, groups, resolutions: text; empty where the dataset does not say.
+        p_a: labels in ``[0, 1]``.
+        a, b: rows of the two sides among the samples.
+        names: ids of the two sides, empty where the dataset has none.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    resolutions: list[str] = field(default_factory=list)
+    p_a: list[float] = field(default_factory=list)
+    a: list[int] = field(default_factory=list)
+    b: list[int] = field(default_factory=list)
+    names: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.p_a)
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels, shape ``(pairs,)``, float64, so that a tie stays exactly one half."""
+        return torch.tensor(self.p_a, dtype=torch.float64)
+
+    @property
+    def clusters(self) -> list[object]:
+        """What belongs together when pairs are resampled: the prompt; the group, or the pair, where there is none."""
+        rows = zip(self.prompts, self.groups, strict=True)
+        return [prompt or group or number for number, (prompt, group) in enumerate(rows)]
+
+    def margins(self, scores: Tensor) -> Tensor:
+        """Score of ``a`` minus score of ``b``, shape ``(pairs, settings)``, from ``(samples, settings)``."""
+        return scores[self.a] - scores[self.b]
+
+    def add(self, pair: Preference, bucket: str, rows: tuple[int, int]) -> None:
+        """Appends a pair whose sides are the samples ``rows``."""
+        self.prompts.append(pair.prompt)
+        self.sources.append(pair.source)
+        self.groups.append(pair.group)
+        self.resolutions.append(bucket or resolution(pair.a, pair.b))
+        self.p_a.append(pair.p_a)
+        self.a.append(rows[0])
+        self.b.append(rows[1])
+        self.names.append((pair.a_name, pair.b_name))
+
+    def incomplete_rankings(self) -> int:
+        """Groups that do not hold each pair of their images once; their share of inversions is over the pairs present."""
+        pairs: dict[str, list[frozenset[str]]] = {}
+        for group, names in zip(self.groups, self.names, strict=True):
+            pairs.setdefault(group, []).append(frozenset(names))
+        count = 0
+        for found in pairs.values():
+            images = len(frozenset().union(*found))
+            count += len(set(found)) != len(found) or len(found) != images * (images - 1) // 2
+        return count
+
+
+def as_preference(record: Preference | Mapping[str, Any]) -> tuple[Preference, str]:
+    """A canonical record and its bucket (empty for none), from one, or from a row of training data.
+
+    Rows have ``prompt``, ``chosen``, ``rejected`` (latents or images) and optionally ``p_chosen``, ``weight``, ``source``,
+    ``group``, ``bucket``, ``chosen_name`` and ``rejected_name``.
+
+    Raises:
+        ValueError: the row is unusable.
+    """
+    if isinstance(record, Preference):
+        return record, ""
+    check_columns(record.keys())
+    texts = {name: _text(record.get(name)) for name in ("source", "group", "bucket", "chosen_name", "rejected_name")}
+    common = {
+        "source": texts["source"],
+        "group": texts["group"],
+        "a_name": texts["chosen_name"],
+        "b_name": texts["rejected_name"],
+    }
+    if isinstance(record["chosen"], Image.Image) and isinstance(record["rejected"], Image.Image):
+        p_a, weight = (1.0 if record.get(name) is None else float(record[name]) for name in ("p_chosen", "weight"))
+        return Preference(record["prompt"], record["chosen"], record["rejected"], p_a, weight, **common), texts[
+            "bucket"
+        ]
+    row = PreferencePair.from_record(record)
+    return Preference(row.prompt, row.chosen, row.rejected, row.p_chosen, row.weight, **common), texts["bucket"]
+
+
+def resolution(a: Any, b: Any) -> str:
+    """Size of a pair as width x height: pixels of images, ``latent 8x8`` for latents, both where they differ."""
+    sizes = sorted({_size(side) for side in (a, b)})
+    return " and ".join(sizes)
+
+
+def _size(side: Any) -> str:
+    if isinstance(side, Image.Image):
+        return f"{side.width}x{side.height}"
+    if isinstance(side, Tensor):
+        return "latent " + "x".join(str(length) for length in (*side.shape[1:-2], side.shape[-1], side.shape[-2]))
+    return "video"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, np.ndarray | Tensor) and value.ndim:
+        value = tuple(int(number) for number in value)
+    return "x".join(str(part) for part in value) if isinstance(value, tuple | list) else str(value)

@@ -1,0 +1,340 @@
+"""The method's claims, measured where the truth is known: rewards of five kinds on the embedded world, three seeds each.
+
+    python recipes/ablate_reward.py --output outputs/ablation --jobs 2
+
+| variant | likelihood | levels in training | backbone |
+|---|---|---|---|
+| noise-calibrated | Thurstone, variance 2 sigma^2 + .05 | uniform | LoRA |
+| fixed variance | Thurstone, variance .5 | uniform | LoRA |
+| Bradley-Terry | logistic | uniform | LoRA |
+| clean only | Thurstone, variance .5 | 0 | LoRA |
+| frozen backbone | Thurstone, variance 2 sigma^2 + .05 | uniform | frozen |
+
+Everything else is equal. Each reward is evaluated on held-out pairs at every level and for ensembles of 2, 3 and 5 levels,
+and then aligns the embedded generator by Flow-GRPO, where the oracle says whether more reward was more truth. Every run is a
+process of its own; the command can be killed and started again: runs that are complete are kept. It writes
+`ablation.json`, `ablation.md` and `ablation.png` to the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the published recipe.
+
+    Args:
+        title: name in the table.
+        reward: fields of `LatentRewardConfig`.
+        training: fields of `LatentRewardTrainingConfig`.
+        use_level: noise level at which the reward is used in alignment, one that it was trained at.
+    """
+
+    title: str
+    reward: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    use_level: float = 0.4
+
+
+FIXED = {"variance_scale": 0.0, "variance_offset": 0.5}
+VARIANTS = {
+    "calibrated": Variant("noise-calibrated"),
+    "fixed_variance": Variant("fixed variance", reward=FIXED),
+    "bradley_terry": Variant(
+        "Bradley-Terry", reward={"likelihood": "bradley_terry"}, training={"loss_type": "bradley_terry"}
+    ),
+    "clean_only": Variant(
+        "clean only", reward=FIXED, training={"level_distribution": "constant", "level_value": 0.0}, use_level=0.0
+    ),
+    "frozen": Variant("frozen backbone", training={"freeze_backbone": True}),
+}
+LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ENSEMBLES = {1: (0.4,), 2: (0.3, 0.5), 3: (0.2, 0.4, 0.6), 5: (0.2, 0.3, 0.4, 0.5, 0.6)}
+"""Number of levels: the levels, all around .4."""
+
+BATCH_SIZE = 32
+TRAIN_POOL, TEST_POOL = 1024, 128
+TRAIN_PAIRS, TEST_PAIRS = 40_000, 1_300
+EVALUATION_SEED = 1234
+
+
+def make_pairs(directory: Path) -> None:
+    """Training and held-out pairs, the same for every run."""
+    from dina_reward.shapes import build_pool, load_pipeline, sample_pairs
+
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {"train": (TRAIN_POOL, TRAIN_PAIRS, 0), "held_out": (TEST_POOL, TEST_PAIRS, EVALUATION_SEED)}
+    for split, (pool, pairs, seed) in settings.items():
+        path = directory / f"{split}.safetensors"
+        if not path.is_file():
+            made = sample_pairs(build_pool(load_pipeline(), split, pool, seed), split, pairs, seed)
+            made.save(path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+
+
+def run(name: str, seed: int, output: Path, steps: int, iterations: int) -> None:
+    """Trains, evaluates and uses one reward; its figures appear in `result.json` when all is done."""
+    from dina_reward.shapes import load_pipeline
+    from dina_reward.shapes.alignment import align
+    from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs
+    from dina_reward.shapes.reward import train_reward
+
+    variant, directory = VARIANTS[name], output / name / f"seed-{seed}"
+    pipeline, started = load_pipeline(), time.perf_counter()
+    reward = train_reward(
+        pipeline,
+        PreferencePairs.load(output / "pairs" / "train.safetensors"),
+        directory / "reward",
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        seed=seed,
+        reward_settings=variant.reward,
+        training_settings=variant.training,
+    )
+    trained = time.perf_counter()
+    held_out = PreferencePairs.load(output / "pairs" / "held_out.safetensors")
+    result: dict[str, Any] = evaluate(reward, [pair for pair in held_out if abs(pair["gap"]) > NEGLIGIBLE_GAP])
+    evaluated = time.perf_counter()
+    aligned = align(
+        directory / "alignment",
+        iterations=iterations,
+        evaluate_every=iterations,
+        seed=seed,
+        reward_path=directory / "reward" / "averaged",
+        reward_noise_level=[variant.use_level],
+    )
+    first, last = aligned.history[0].metrics, aligned.history[-1].metrics
+    result["alignment"] = {
+        metric: [first[metric], last[metric]] for metric in first if metric in last and metric != "step"
+    }
+    result["seconds"] = {
+        "training": trained - started,
+        "evaluation": evaluated - trained,
+        "alignment": time.perf_counter() - evaluated,
+    }
+    (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def evaluate(reward: Any, pairs: Sequence[Any]) -> dict[str, Any]:
+    """Accuracy and calibration at every level, and of ensembles in both ways, of one reward."""
+    import torch
+
+    from dina_reward.evaluation import PairProtocol, measure_calibration, pairwise_accuracy, score_pairs
+
+    def figures(margins: torch.Tensor, levels: Sequence[float]) -> dict[str, float]:
+        sigma = torch.tensor(levels).square().mean().sqrt()
+        probability = reward.preference_model.probability(margins, torch.zeros_like(margins), sigma)
+        calibration = measure_calibration(probability, labels)
+        return {
+            "accuracy": pairwise_accuracy(margins, labels).value,
+            "ece": calibration.expected_calibration_error,
+            "nll": calibration.nll,
+        }
+
+    single = score_pairs(reward, pairs, PairProtocol(LEVELS, None), batch_size=256, progress=False)
+    labels, margins = single.p_chosen, dict(zip(LEVELS, single.margins.T, strict=True))
+    ensembles: dict[str, dict[str, Any]] = {"mean": {}, "tokens": {}}
+    for count, levels in ENSEMBLES.items():
+        # All levels of an ensemble see one noise tensor, so the average of single-level scores is the ensemble "mean".
+        ensembles["mean"][str(count)] = figures(torch.stack([margins[level] for level in levels]).mean(dim=0), levels)
+        if count == 1:
+            ensembles["tokens"]["1"] = ensembles["mean"]["1"]
+            continue
+        scores = score_pairs(reward, pairs, PairProtocol((), levels, "tokens"), batch_size=256, progress=False)
+        ensembles["tokens"][str(count)] = figures(scores.margins[:, 0], levels)
+    return {
+        "pairs": len(pairs),
+        "levels": {f"{level:g}": figures(margins[level], (level,)) for level in LEVELS},
+        "ensembles": ensembles,
+    }
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row per variant: means over seeds, with the deviation over seeds of the main figures."""
+    rows = []
+    for name, results in runs.items():
+
+        def spread(values: Sequence[float]) -> list[float]:
+            return [mean(values), stdev(values) if len(values) > 1 else 0.0]
+
+        level = f"{VARIANTS[name].use_level:g}"
+        rows.append(
+            {
+                "variant": VARIANTS[name].title,
+                "use_level": VARIANTS[name].use_level,
+                "accuracy_at_use_level": spread([100 * r["levels"][level]["accuracy"] for r in results]),
+                "accuracy_by_level": {
+                    key: mean(100 * r["levels"][key]["accuracy"] for r in results) for key in results[0]["levels"]
+                },
+                "ece_by_level": {key: mean(r["levels"][key]["ece"] for r in results) for key in results[0]["levels"]},
+                "ensembles": {
+                    kind: {
+                        count: spread([100 * r["ensembles"][kind][count]["accuracy"] for r in results])
+                        for count in results[0]["ensembles"][kind]
+                    }
+                    for kind in ("mean", "tokens")
+                },
+                "fit_gain": spread([100 * (r["alignment"]["fit"][1] - r["alignment"]["fit"][0]) for r in results]),
+                "cleanness_gain": spread(
+                    [100 * (r["alignment"]["cleanness"][1] - r["alignment"]["cleanness"][0]) for r in results]
+                ),
+            }
+        )
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The tables as they stand in the documentation."""
+
+    def pm(value: Sequence[float]) -> str:
+        return f"{value[0]:.1f} ± {value[1]:.1f}"
+
+    levels = list(rows[0]["accuracy_by_level"])
+    lines = [
+        "Accuracy (%) by noise level, mean over seeds; after the slash the expected calibration error.\n",
+        f"| variant | {' | '.join(levels)} |",
+        "|---" * (len(levels) + 1) + "|",
+    ]
+    for row in rows:
+        cells = [f"{row['accuracy_by_level'][key]:.1f} / {row['ece_by_level'][key]:.3f}" for key in levels]
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+    counts = list(rows[0]["ensembles"]["mean"])
+    lines += [
+        "\nAccuracy (%) of ensembles around level .4, mean ± deviation over seeds: average of scores / tokens.\n",
+        f"| variant | {' | '.join(f'K = {count}' for count in counts)} |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
+    for row in rows:
+        cells = [f"{pm(row['ensembles']['mean'][c])} / {pm(row['ensembles']['tokens'][c])}" for c in counts]
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+    lines += [
+        "\nFlow-GRPO with each reward at its level: change on held-out prompts in points, mean ± deviation over seeds.\n",
+        "| variant | level | accuracy there (%) | oracle fit | oracle cleanness |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['variant']} | {row['use_level']:g} | {pm(row['accuracy_at_use_level'])} | {pm(row['fit_gain'])} | "
+        f"{pm(row['cleanness_gain'])} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy and calibration over the noise level, ensembles, and what alignment did."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    accuracy, calibration, ensembles, aligned = figure.subplots(1, 4)
+    for place, row in enumerate(rows):
+        levels = [float(key) for key in row["accuracy_by_level"]]
+        accuracy.plot(levels, list(row["accuracy_by_level"].values()), "o-", markersize=3, label=row["variant"])
+        calibration.plot(levels, list(row["ece_by_level"].values()), "o-", markersize=3)
+        for kind, style in (("mean", "o-"), ("tokens", "s:")):
+            values = row["ensembles"][kind]
+            ensembles.plot(
+                [int(count) for count in values],
+                [v[0] for v in values.values()],
+                style,
+                markersize=3,
+                color=f"C{place}",
+            )
+        for metric, hatch, shift in (("fit_gain", "", -0.2), ("cleanness_gain", "//", 0.2)):
+            value, error = row[metric]
+            aligned.bar(place + shift, value, 0.38, yerr=error, color=f"C{place}", hatch=hatch, alpha=0.9)
+    accuracy.set(title="held-out accuracy (%)", xlabel="noise level")
+    accuracy.legend(fontsize=7)
+    calibration.set(title="calibration error (ECE)", xlabel="noise level", ylim=(0, None))
+    ensembles.set(title="ensembles: mean (solid), tokens (dotted)", xlabel="levels K", xticks=[1, 2, 3, 5])
+    aligned.set(title="alignment: oracle fit, cleanness (hatched)", ylabel="points")
+    aligned.set_xticks(range(len(rows)), [row["variant"] for row in rows], rotation=30, ha="right", fontsize=7)
+    for panel in (accuracy, calibration, ensembles, aligned):
+        panel.grid(alpha=0.3)
+        panel.title.set_fontsize(10)
+    figure.savefig(path, dpi=110)
+
+
+def launch(name: str, seed: int, arguments: argparse.Namespace) -> None:
+    """One run in a process of its own."""
+    directory = arguments.output / name / f"seed-{seed}"
+    if (directory / "result.json").is_file():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--output", str(arguments.output), "--one", name, str(seed)]
+    command += ["--steps", str(arguments.steps), "--iterations", str(arguments.iterations)]
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    with open(directory / "log.txt", "w", encoding="utf-8") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}; see {directory / 'log.txt'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ablate the latent reward on the embedded world.")
+    parser.add_argument("--output", type=Path, default=Path("outputs/ablation"), help="directory of runs and tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run per variant and seed")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; they share the cores")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants alone")
+    parser.add_argument(
+        "--steps", type=int, default=900, help=f"optimizer steps of each reward, {BATCH_SIZE} pairs each"
+    )
+    parser.add_argument("--iterations", type=int, default=15, help="alignment iterations with each reward")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        run(arguments.one[0], int(arguments.one[1]), arguments.output, arguments.steps, arguments.iterations)
+        return
+    started, names = time.perf_counter(), arguments.only or list(VARIANTS)
+    print(f"runs and tables: {arguments.output}")
+    make_pairs(arguments.output / "pairs")
+    places = [(name, seed) for seed in arguments.seeds for name in names]
+    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(places), desc="runs") as progress:
+        futures = []
+        for name, seed in places:
+            futures.append(pool.submit(launch, name, seed, arguments))
+            futures[-1].add_done_callback(lambda _: progress.update())
+        for future in futures:
+            future.result()
+    runs = {
+        name: [
+            json.loads((arguments.output / name / f"seed-{seed}" / "result.json").read_text())
+            for seed in arguments.seeds
+        ]
+        for name in names
+    }
+    table = summary(runs)
+    report = {
+        "made": time.strftime("%Y-%m-%d"),
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "jobs": arguments.jobs,
+        "steps": arguments.steps,
+        "iterations": arguments.iterations,
+        "seconds": time.perf_counter() - started,
+        "table": table,
+        "runs": runs,
+    }
+    (arguments.output / "ablation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / "ablation.md").write_text(markdown(table), encoding="utf-8")
+    draw(table, arguments.output / "ablation.png")
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
