@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,9 @@ def attach_backbone(config: LatentRewardConfig, source: BackboneSource) -> Attac
     elif generator is not None:
         view = copy_module_tree(view)
     if shared is None:
-        view = view.to(device=source.device, dtype=source.torch_dtype)
+        view = view.to(device=source.device)
+        if source.torch_dtype is not None:
+            _cast(view, source.torch_dtype, float32=getattr(denoiser, "_keep_in_fp32_modules", None) or ())
         if source.load_in_4bit:
             quantize_blocks(view)
         # PEFT chooses its LoRA layers for 4-bit weights by this attribute.
@@ -208,6 +210,14 @@ def _check_shared_placement(denoiser: nn.Module, source: BackboneSource) -> None
         raise ValueError(
             f"share_backbone=True lives on the generator's device {parameter.device}, got device={source.device}"
         )
+
+
+def _cast(view: nn.Module, dtype: torch.dtype, float32: Iterable[str]) -> None:
+    """Casts weights, except those of the modules that the model's class keeps in float32 when it is loaded."""
+    kept = set(float32)
+    for name, tensor in (*view.named_parameters(), *view.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
 
 
 def _plain(value: Any) -> Any:

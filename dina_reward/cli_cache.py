@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dina_reward.console import pipeline_path
+
 
 if TYPE_CHECKING:
     import torch
 
     from dina_reward.data.cache import CacheReport
-
-EMBEDDED_PIPELINES = {"shapes": "flow", "shapes-ddpm": "ddpm"}
-"""Names of the pipelines that ship with the package, and where their weights are."""
 
 
 def cache(
@@ -119,7 +118,7 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
     """Loads the parts of a pipeline that encode; its denoiser is there as a structure without weights.
 
     Args:
-        name: path or hub id, or a key of `EMBEDDED_PIPELINES`.
+        name: path or hub id, or ``shapes`` or ``shapes-ddpm``.
         dtype: name of a torch dtype.
         device: where VAE and text encoders go.
         text: whether text encoders are loaded.
@@ -137,10 +136,7 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
     torch_dtype = getattr(torch, dtype, None)
     if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    if name in EMBEDDED_PIPELINES:
-        from dina_reward.shapes import weights_dir
-
-        name = str(weights_dir(EMBEDDED_PIPELINES[name]))
+    name = pipeline_path(name)
     try:
         index = diffusers.DiffusionPipeline.load_config(name)
         family = family_of_class(getattr(diffusers, index["_class_name"]))

@@ -194,9 +194,7 @@ def _load_entrants(request: EvalRequest) -> list[_Entrant]:
     if shared is None and request.pipeline is not None:
         shared = loader.pipeline(request.pipeline)
     if shared is None and request.dataset == SHAPES:
-        from dina_reward.shapes import weights_dir
-
-        shared = loader.pipeline(str(weights_dir("flow")))
+        shared = loader.pipeline(SHAPES)
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for model_id in request.clip:
         model = ClipReward.from_pretrained(

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dina_reward.console import SHIPPED_REWARD, print_table, reward_path
+from dina_reward.console import SHIPPED, print_table, reward_path
 
 
 def show_info(
@@ -54,7 +54,7 @@ def show_info(
 
 def _structures(target: str) -> tuple[Any, ...] | None:
     """Structures of a pipeline, class or published model; ``None`` for what can only be a reward."""
-    if target == SHIPPED_REWARD:
+    if target in SHIPPED:
         return None
     from dina_reward.published import is_pipeline, published_models, structure_of_repository, structures_of_class
 

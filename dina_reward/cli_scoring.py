@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dina_reward.checkpoint import read_checkpoint, resolve_checkpoint
-from dina_reward.console import reward_path
+from dina_reward.console import pipeline_path, reward_path
 from dina_reward.noise_draws import fold_seed
 from dina_reward.reward import LatentReward
 from dina_reward.scoring import Ensemble
@@ -104,7 +104,8 @@ def load_pipeline(model_id: str, *, device: str | None = None, dtype: str = "flo
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(model_id, torch_dtype=getattr(torch, dtype)).to(device)
+        path = pipeline_path(model_id)
+        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, dtype)).to(device)
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"cannot load the pipeline {model_id!r}: {error}. Give another one with --pipeline"

@@ -60,6 +60,25 @@ def test_latent_frames_follow_the_vaes_compression(pipeline: Any) -> None:
         FAMILY.check_latents(torch.zeros(1, 16, 33, 4, 6), config)
 
 
+def test_memory_of_training_grows_linearly_with_the_tokens(pipeline: Any) -> None:
+    reward = LatentReward.from_config(Setup.of(ROW).reward_config(), pipeline=pipeline)
+
+    def saved_bytes(frames: int) -> int:
+        sizes: list[int] = []
+
+        def remember(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            reward.score_noisy(torch.zeros(1, 16, frames, 8, 8), "a cat", noise_level=0.4)
+        return sum(sizes)
+
+    few, twice, four_times = (saved_bytes(frames) for frames in (8, 16, 32))
+    assert twice - few > 100_000
+    assert four_times - twice == pytest.approx(2 * (twice - few), rel=0.01)
+
+
 @torch.no_grad()
 def test_images_and_clips_are_encoded_by_the_vae_and_normalised(pipeline: Any) -> None:
     clips = [frames(5), frames(5)[::-1]]
@@ -176,7 +195,15 @@ def test_weights_that_stay_in_float32_beside_bfloat16(tmp_path: Any) -> None:
     assert float((prediction - exact).norm() / exact.norm()) < 0.05
     shared = LatentReward.from_config(setup.reward_config(), pipeline=setup.pipeline, share_backbone=True)
     assert shared.model.dtype == torch.bfloat16
-    assert bool(shared(setup.latents, "a cat", seed=0).isfinite().all())
+    own = LatentReward.from_config(
+        setup.reward_config(), pipeline=tiny_wan_pipeline(), torch_dtype=torch.bfloat16
+    ).model.backbone.get_base_model()
+    for name, parameter in own.named_parameters():
+        wanted = mixed.get_parameter(name.replace(".base_layer", "")).dtype if "lora_" not in name else torch.float32
+        assert parameter.dtype == wanted, name
+    scores = shared(setup.latents, "a cat", seed=0)
+    alone = LatentReward.from_config(setup.reward_config(), transformer=mixed, pipeline=setup.pipeline)
+    torch.testing.assert_close(alone(setup.latents, "a cat", seed=0), scores, rtol=0, atol=0.02)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
