@@ -45,6 +45,7 @@ def test_score_latents(tmp_path: Path) -> None:
     assert 0.5 < probability <= 1
 
 
+@pytest.mark.slow
 def test_train_a_reward(tmp_path: Path) -> None:
     output = run_example("02_train_a_reward.py", tmp_path, "2")
     assert "ensemble" in output
@@ -77,6 +78,7 @@ def test_two_rewards_and_a_held_out_judge(tmp_path: Path) -> None:
     assert len(list((tmp_path / "outputs" / "two_rewards" / "pictures").glob("step-*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_backprop_the_reward(tmp_path: Path) -> None:
     run_example("06_backprop_the_reward.py", tmp_path, "2")
     assert (tmp_path / "outputs" / "my_backprop" / "pytorch_lora_weights.safetensors").is_file()
