@@ -137,10 +137,7 @@ def card_of(
     )
     with torch.device("meta"):
         latents, timestep = torch.empty(1, *shape), torch.empty(1)
-        conditioning = Conditioning(
-            torch.empty(1, structure.text_tokens, text_width),
-            None if pooled_width is None else torch.empty(1, pooled_width),
-        )
+        conditioning = _meta_conditioning(structure.text_tokens, text_width, pooled_width)
         counts = {"denoiser": _parameters(denoiser), "backbone": _parameters(backbone)}
         # The LoRA goes into modules that backbone and denoiser share, so what runs without it is counted first.
         jobs: dict[str, Callable[[], Any]] = {
@@ -149,7 +146,7 @@ def card_of(
             "decode": lambda: family.decode_latents(pipeline, latents),
         }
         cost = {job: count_flops(run) if flops else None for job, run in jobs.items()}
-        lora_config = default_lora_config(reward_config, rank=defaults.lora_rank)
+        lora_config = default_lora_config(reward_config)
         model = LatentRewardModel(reward_config, family, backbone, lora_config).requires_grad_(False).eval()
         cost["reward"] = count_flops(lambda: model(latents, timestep, conditioning)) if flops else None
     head = _parameters(model.head)
@@ -304,6 +301,10 @@ def _sample_size(pipeline: Any, config: Mapping[str, Any]) -> int:
 
 def _widest(sizes: FeatureSizes) -> int:
     return sizes.hidden if isinstance(sizes.hidden, int) else max(sizes.hidden)
+
+
+def _meta_conditioning(tokens: int, width: int, pooled_width: int | None) -> Conditioning:
+    return Conditioning(torch.empty(1, tokens, width), None if pooled_width is None else torch.empty(1, pooled_width))
 
 
 def _parameters(module: nn.Module) -> int:

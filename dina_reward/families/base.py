@@ -87,6 +87,19 @@ class Backbone(nn.Module, ABC):
                 ``(rows,)``, int64. Without it, row ``i`` uses prompt ``i``.
         """
 
+    def tap(self, features: TapFeatures, number: int, visual: Tensor, text: Tensor) -> None:
+        """Adds the tokens after a block to the features, if that block is tapped.
+
+        Args:
+            features: of this pass; its lists grow.
+            number: of the block, from 1.
+            visual, text: image and text tokens after it, shape ``(rows, tokens, channels)``.
+        """
+        if number in self.visual_taps:
+            features.visual.append(visual)
+        if number in self.text_taps:
+            features.text.append(text)
+
     def run(self, block: nn.Module, *inputs: Any, **named_inputs: Any) -> Any:
         """Calls a block; with gradient checkpointing its activations are recomputed in the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -54,18 +54,14 @@ class FluxBackbone(Backbone):
         temb = self.time_text_embed(timestep, *guidance, pooled)
         rotary = self.pos_embed(torch.cat(position_ids(latents, text.shape[1])))
         hidden = self.x_embedder(pack_2x2(latents))
-        visual_features, text_features = [], []
+        features = TapFeatures([], [], temb=temb, grid=(latents.shape[-2] // 2, latents.shape[-1] // 2))
         blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
         for number, block in enumerate(blocks, start=1):
             text, hidden = self.run(
                 block, hidden_states=hidden, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
             )
-            if number in self.visual_taps:
-                visual_features.append(hidden)
-            if number in self.text_taps:
-                text_features.append(text)
-        grid = (latents.shape[-2] // 2, latents.shape[-1] // 2)
-        return TapFeatures(visual=visual_features, text=text_features, temb=temb, grid=grid)
+            self.tap(features, number, hidden, text)
+        return features
 
 
 @register_family

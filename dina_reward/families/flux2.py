@@ -92,25 +92,18 @@ class Flux2Backbone(Backbone):
         text_ids, image_ids = position_ids(latents, text.shape[1])
         rotary = self.pos_embed(torch.cat([text_ids, image_ids]))
         hidden = self.x_embedder(to_tokens(latents))
-        visual_features, text_features = [], []
+        features = TapFeatures([], [], temb=temb, grid=(latents.shape[-2], latents.shape[-1]))
         image_modulation = self.double_stream_modulation_img(temb)
         text_modulation = self.double_stream_modulation_txt(temb)
         for number, block in enumerate(self.transformer_blocks, start=1):
             text, hidden = self.run(block, hidden, text, image_modulation, text_modulation, rotary)
-            if number in self.visual_taps:
-                visual_features.append(hidden)
-            if number in self.text_taps:
-                text_features.append(text)
+            self.tap(features, number, hidden, text)
         both, length = torch.cat([text, hidden], dim=1), text.shape[1]
         modulation = self.single_stream_modulation(temb)
         for number, block in enumerate(self.single_transformer_blocks, start=1 + len(self.transformer_blocks)):
             both = self.run(block, both, None, modulation, rotary)
-            if number in self.visual_taps:
-                visual_features.append(both[:, length:])
-            if number in self.text_taps:
-                text_features.append(both[:, :length])
-        grid = (latents.shape[-2], latents.shape[-1])
-        return TapFeatures(visual=visual_features, text=text_features, temb=temb, grid=grid)
+            self.tap(features, number, both[:, length:], both[:, :length])
+        return features
 
 
 @register_family

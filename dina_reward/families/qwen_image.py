@@ -62,7 +62,7 @@ class QwenImageBackbone(Backbone):
         temb = self.time_text_embed(timestep / 1000, hidden)
         shape = (1, *token_grid_of(latents))
         rotary = self.pos_embed([[shape]], max_txt_seq_len=text.shape[1], device=latents.device)
-        visual_features, text_features = [], []
+        features = TapFeatures([], [], temb=temb, text_mask=mask, grid=token_grid_of(latents))
         for number, block in enumerate(self.transformer_blocks, start=1):
             text, hidden = self.run(
                 block,
@@ -72,13 +72,8 @@ class QwenImageBackbone(Backbone):
                 temb=temb,
                 image_rotary_emb=rotary,
             )
-            if number in self.visual_taps:
-                visual_features.append(hidden)
-            if number in self.text_taps:
-                text_features.append(text)
-        return TapFeatures(
-            visual=visual_features, text=text_features, temb=temb, text_mask=mask, grid=token_grid_of(latents)
-        )
+            self.tap(features, number, hidden, text)
+        return features
 
 
 @register_family

@@ -48,13 +48,11 @@ class SanaBackbone(Backbone):
         modulation, temb = self.time_embed(
             timestep * self.timestep_scale, batch_size=latents.shape[0], hidden_dtype=hidden.dtype
         )
-        visual_features = []
+        features = TapFeatures([], [], temb=temb, text_mask=mask, grid=(rows, columns))
         for number, block in enumerate(self.transformer_blocks, start=1):
             hidden = self.run(block, hidden, None, text, bias, modulation, rows, columns)
-            if number in self.visual_taps:
-                visual_features.append(hidden)
-        texts = [text] * len(self.text_taps)
-        return TapFeatures(visual=visual_features, text=texts, temb=temb, text_mask=mask, grid=(rows, columns))
+            self.tap(features, number, hidden, text)
+        return features
 
 
 @register_family

@@ -35,16 +35,12 @@ class SD3Backbone(Backbone):
             text, pooled = text[prompt_index], pooled[prompt_index]  # type: ignore[index]
         temb = self.time_text_embed(timestep, pooled)
         hidden = self.pos_embed(latents).contiguous()
-        visual_features, text_features = [], []
+        patch = self.pos_embed.patch_size
+        features = TapFeatures([], [], temb=temb, grid=(latents.shape[-2] // patch, latents.shape[-1] // patch))
         for number, block in enumerate(self.transformer_blocks, start=1):
             text, hidden = self.run(block, hidden_states=hidden, encoder_hidden_states=text, temb=temb)
-            if number in self.visual_taps:
-                visual_features.append(hidden)
-            if number in self.text_taps:
-                text_features.append(text)
-        patch = self.pos_embed.patch_size
-        grid = (latents.shape[-2] // patch, latents.shape[-1] // patch)
-        return TapFeatures(visual=visual_features, text=text_features, temb=temb, grid=grid)
+            self.tap(features, number, hidden, text)
+        return features
 
 
 @register_family

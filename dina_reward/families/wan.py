@@ -46,12 +46,11 @@ class WanBackbone(Backbone):
         modulation = modulation.unflatten(1, (6, -1))
         rotary = self.rope(latents)
         hidden = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
-        visual_features = []
+        features = TapFeatures([], [], temb=temb)
         for number, block in enumerate(self.blocks, start=1):
             hidden = self.run(block, hidden, text, modulation, rotary)
-            if number in self.visual_taps:
-                visual_features.append(hidden)
-        return TapFeatures(visual=visual_features, text=[text] * len(self.text_taps), temb=temb)
+            self.tap(features, number, hidden, text)
+        return features
 
 
 @register_family

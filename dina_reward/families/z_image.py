@@ -81,14 +81,11 @@ class ZImageBackbone(Backbone):
         hidden = torch.cat([image, caption], dim=1)
         attended = torch.cat([readable.new_ones(image.shape[:2]), readable], dim=1)
         rotary = torch.cat([image_rotary, caption_rotary.expand(len(hidden), -1, -1)], dim=1)
-        visual_features, text_features = [], []
+        features = TapFeatures([], [], temb=temb, text_mask=mask, grid=grid)
         for number, layer in enumerate(self.layers, start=1):
             hidden = self.run(layer, hidden, attended, rotary, temb)
-            if number in self.visual_taps:
-                visual_features.append(hidden[:, : grid[0] * grid[1]])
-            if number in self.text_taps:
-                text_features.append(hidden[:, start : start + tokens])
-        return TapFeatures(visual=visual_features, text=text_features, temb=temb, text_mask=mask, grid=grid)
+            self.tap(features, number, hidden[:, : grid[0] * grid[1]], hidden[:, start : start + tokens])
+        return features
 
     def _captions(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Refined captions of the unique prompts, their rotations, what may be attended to, and their padded lengths."""
