@@ -22,8 +22,9 @@ class ConfigParser(TrlParser):
     """`trl.TrlParser` that checks the keys and the types of a YAML file too, and says in one line what is wrong.
 
     The dataclasses are filled from ``--config file.yaml`` and from the command line, which wins. One number stands for a
-    list of one. Every fault is a `ValueError`: a key or option that no dataclass has (with the nearest one that exists), a
-    value of the wrong type, a missing required field, and what the dataclasses themselves refuse.
+    list of one, and ``--name null`` for no value where a field may have none. Every fault is a `ValueError`: a key or option
+    that no dataclass has (with the nearest one that exists), a value of the wrong type, a missing required field, and what
+    the dataclasses themselves refuse.
 
     Args:
         dataclass_types: the dataclasses to fill.
@@ -35,6 +36,7 @@ class ConfigParser(TrlParser):
     def __init__(self, dataclass_types: Iterable[type]) -> None:
         types = tuple(dataclass_types)
         self.field_types = {name: hint for cls in types for name, hint in field_types(cls).items()}
+        self._nulls: dict[str, None] = {}
         super().__init__(types)  # type: ignore[arg-type]
 
     def parse_args_and_config(  # type: ignore[override]
@@ -43,7 +45,9 @@ class ConfigParser(TrlParser):
         """Parses a command line (that of the process by default); see `trl.TrlParser.parse_args_and_config`."""
         arguments = _split_config(sys.argv[1:] if args is None else args)
         self._check_options(arguments)
+        arguments = self._take_nulls(arguments)
         if "--config" not in arguments:
+            super().set_defaults_with_config(**self._nulls)
             return super().parse_args_and_config(arguments, **options)
         path = Path(*arguments[arguments.index("--config") + 1 :][:1])
         if not path.is_file():
@@ -59,7 +63,7 @@ class ConfigParser(TrlParser):
             if name not in self.field_types:
                 raise ValueError(f"unknown key {name!r} in the configuration{self._suggestion(name)}")
         checked = {name: checked_value(name, value, self.field_types[name]) for name, value in values.items()}
-        return super().set_defaults_with_config(**checked)
+        return super().set_defaults_with_config(**{**checked, **self._nulls})
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print below a page of usage."""
@@ -72,6 +76,22 @@ class ConfigParser(TrlParser):
             # argparse accepts unambiguous beginnings of a name.
             if argument.startswith("--") and not any(option.startswith(name) for option in known):
                 raise ValueError(f"unknown option {argument.split('=')[0]}{self._suggestion(name, '--')}")
+
+    def _take_nulls(self, arguments: Sequence[str]) -> list[str]:
+        """Keeps ``--name null`` for later where the field may be None, which argparse has no word for; returns the rest."""
+        rest: list[str] = []
+        for argument in arguments:
+            option = rest[-1] if rest else ""
+            if argument.startswith("--") and argument.endswith("=null"):
+                rest.append(argument.removesuffix("=null"))
+                option, argument = rest[-1], "null"
+            name = option.removeprefix("--").replace("-", "_")
+            if argument == "null" and option.startswith("--") and _fits(None, self.field_types.get(name, str)):
+                rest.pop()
+                self._nulls[name] = None
+            else:
+                rest.append(argument)
+        return rest
 
     def _suggestion(self, name: str, prefix: str = "") -> str:
         return did_you_mean(name, self.field_types, prefix)

@@ -49,6 +49,16 @@ def test_values_come_from_file_and_command_line_which_wins(tmp_path: Path) -> No
     assert (data.dataset_name, data.shuffle, training.max_steps) == ("x", False, 10)
 
 
+@pytest.mark.parametrize("option", [("--window", "null"), ("--window=null",)])
+def test_null_on_the_command_line_is_no_value(tmp_path: Path, option: tuple[str, ...]) -> None:
+    data, training = parse(tmp_path, "dataset_name: d\nwindow: [0, 5]\n", *option, "--max_steps", "7")
+    assert (data.dataset_name, training.window, training.max_steps) == ("d", None, 7)
+    (data, training) = ConfigParser((Data, Training)).parse_args_and_config(["--dataset_name", "null", *option])
+    assert (data.dataset_name, training.window) == ("null", None)  # a field that needs a string gets one
+    with pytest.raises(ValueError, match="max-steps: invalid int value: 'null'"):
+        parse(tmp_path, "dataset_name: d\n", "--max_steps", "null")
+
+
 def test_config_may_be_given_with_an_equals_sign(tmp_path: Path) -> None:
     parse(tmp_path, "dataset_name: d\n")
     data, _ = ConfigParser((Data, Training)).parse_args_and_config([f"--config={tmp_path / 'config.yaml'}"])

@@ -20,11 +20,14 @@ class PairMetrics:
     |---|---|
     | ``accuracy`` | share of pairs whose preferred side scores higher; equal scores count half, tied targets not at all |
     | ``margin`` | mean of preferred minus other score |
-    | ``loss/low_noise``, ``mid_noise``, ``high_noise`` | mean loss at levels in the first, second and last third of [0, 1] |
+    | ``accuracy/low_noise``, ``mid_noise``, ``high_noise`` | the same by thirds of the level's range [0, 1] |
+    | ``loss/low_noise``, ``mid_noise``, ``high_noise`` | mean loss by thirds |
     """
 
+    _names = ("accuracy", "margin", *(f"{name}/{third}" for name in ("accuracy", "loss") for third in _NOISE_THIRDS))
+
     def __init__(self) -> None:
-        self._sums = torch.zeros(2, 2 + len(_NOISE_THIRDS), dtype=torch.float64)
+        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64)
 
     def update(self, margin: Tensor, loss: Tensor, level: Tensor, p_chosen: Tensor) -> None:
         """Adds a micro-batch; all arguments have shape ``(pairs,)``, ``margin`` is chosen minus rejected score."""
@@ -32,8 +35,12 @@ class PairMetrics:
         preference = (p_chosen - 0.5).sign()
         decided = preference != 0
         margin = (margin * preference)[decided]
+        right = (margin.sign() + 1) / 2
         third = (level * 3).long().clamp(max=2)
-        values = [(margin.sign() + 1) / 2, margin, *(loss[third == index] for index in range(3))]
+        values = [right, margin]
+        values += [
+            part[thirds == index] for part, thirds in ((right, third[decided]), (loss, third)) for index in range(3)
+        ]
         self._sums[0] += torch.stack([value.sum() for value in values])
         self._sums[1] += torch.tensor([float(len(value)) for value in values])
 
@@ -42,9 +49,10 @@ class PairMetrics:
         # float32 for devices without float64; counts are exact up to 2^24 pairs per log line
         sums, counts = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum").cpu()
         self._sums.zero_()
-        names = ["accuracy", "margin", *(f"loss/{third}" for third in _NOISE_THIRDS)]
         return {
-            name: float(total / count) for name, total, count in zip(names, sums, counts, strict=True) if count > 0
+            name: float(total / count)
+            for name, total, count in zip(self._names, sums, counts, strict=True)
+            if count > 0
         }
 
 

@@ -26,6 +26,9 @@ def test_means_over_micro_batches() -> None:
         {
             "accuracy": (1 + 0 + 0.5 + 1) / 4,
             "margin": (2 - 1 + 0 + 3) / 4,
+            "accuracy/low_noise": (1 + 1) / 2,
+            "accuracy/mid_noise": 0.0,
+            "accuracy/high_noise": 0.5,  # the tie at level 1 does not count
             "loss/low_noise": 0.2,
             "loss/mid_noise": 0.9,
             "loss/high_noise": 0.55,
