@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def new_reward(pipeline: Any, seed: int = 0, **settings: Any) -> LatentReward:
 
 def train_reward(
     pipeline: Any,
-    pairs: PreferencePairs,
+    pairs: PreferencePairs | Sequence[Mapping[str, Any]],
     output: str | Path,
     *,
     steps: int = 1200,

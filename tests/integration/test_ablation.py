@@ -31,11 +31,16 @@ def recipe() -> ModuleType:
 
 
 def result(recipe: ModuleType, accuracy: float, gain: float) -> dict[str, Any]:
-    figures = {"accuracy": accuracy, "ece": 0.02, "nll": 0.5}
+    figures = {"accuracy": accuracy, "ece": 0.02, "nll": 0.5, "brier": 0.1}
+    tokens = {**figures, "accuracy": accuracy - 0.01, "ece": 0.03}
     return {
         "levels": {f"{level:g}": figures for level in recipe.LEVELS},
-        "ensembles": {kind: {str(count): figures for count in recipe.ENSEMBLES} for kind in ("mean", "tokens")},
-        "alignment": {"fit": [0.4, 0.4 + gain], "cleanness": [0.8, 0.7]},
+        "score_std": {f"{level:g}": 2.0 for level in recipe.LEVELS},
+        "ensembles": {
+            kind: {str(count): values for count in recipe.ENSEMBLES}
+            for kind, values in (("mean", figures), ("tokens", tokens))
+        },
+        "alignment": {"reward": [-1.0, 10 * gain - 1], "fit": [0.4, 0.4 + gain], "cleanness": [0.8, 0.7]},
     }
 
 
@@ -46,33 +51,38 @@ def test_table_and_picture(recipe: ModuleType, tmp_path: Path) -> None:
     }
     rows = recipe.summary(runs)
     assert [row["variant"] for row in rows] == ["noise-calibrated", "clean only"]
-    assert rows[0]["accuracy_by_level"]["0.4"] == pytest.approx(85)
+    assert rows[0]["accuracy_by_level"]["0.4"] == pytest.approx([85, 10 / 2**0.5])
     assert rows[0]["accuracy_at_use_level"] == pytest.approx([85, 10 / 2**0.5])
     assert rows[0]["fit_gain"] == pytest.approx([15, 10 / 2**0.5])
+    assert rows[0]["reward_gain"] == pytest.approx([0.75, 0.5 / 2**0.5])  # in deviations of 2
     assert rows[1]["use_level"] == 0.0
     page = recipe.markdown(rows)
-    assert "| noise-calibrated | 0.4 | 85.0 ± 7.1 | 15.0 ± 7.1 | -10.0 ± 0.0 |" in page
+    assert "| noise-calibrated | 0.4 | 85.0 ± 7.1 | 0.8 ± 0.4 | 15.0 ± 7.1 | -10.0 ± 0.0 |" in page
+    assert "| clean only | 70.0 ± 0.0 (0.020) | 70.0 ± 0.0 / 69.0 ± 0.0 (0.020 / 0.030) |" in page
     assert "| clean only | 70.0 / 0.020 |" in page
     recipe.draw(rows, tmp_path / "ablation.png")
     with Image.open(tmp_path / "ablation.png") as picture:
         assert picture.width > 1000
 
 
-def test_pairs_of_degraded_latents_are_left_out(recipe: ModuleType) -> None:
+def test_degraded_latents_and_negligible_gaps_are_left_out_and_labels_are_single_votes(recipe: ModuleType) -> None:
     from dina_reward.shapes.preferences import SOURCES, PreferencePairs
 
     source = torch.tensor([SOURCES.index(kind) for kind in ("render", "degraded", "ode", "perturbed", "sde")])
     pairs = PreferencePairs(
         latents=torch.zeros(5, 8, 8, 8),
-        chosen=torch.tensor([0, 1, 2, 4]),
-        rejected=torch.tensor([2, 0, 3, 4]),
-        scenes=torch.arange(16).view(4, 4),
-        gap=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        chosen=torch.tensor([0, 1, 2, 4, 4]),
+        rejected=torch.tensor([2, 0, 3, 4, 0]),
+        scenes=torch.zeros(5, 4, dtype=torch.long),
+        gap=torch.tensor([0.2, 0.3, 0.4, -0.5, 0.05]),
         source=source,
     )
-    kept = recipe.of_kinds(pairs)
-    assert kept.gap.tolist() == pytest.approx([0.1, 0.4])
-    assert kept.scenes[:, 0].tolist() == [0, 12]
+    kept = recipe.informative(pairs)
+    assert kept.gap.tolist() == pytest.approx([0.2, -0.5])
+    votes = recipe.SingleVotes(kept)
+    assert len(votes) == 2
+    assert [row["p_chosen"] for row in votes] == [1.0, 1.0]  # the second labeller was wrong, and his vote stands
+    assert kept[1]["p_chosen"] < 1e-6
 
 
 @pytest.mark.slow

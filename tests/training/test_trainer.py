@@ -243,6 +243,17 @@ def test_labels_and_weights_reach_the_loss(tmp_path: Path, sd3_pipeline: Any) ->
     torch.testing.assert_close(trainer.compute_loss(trainer.model, weighted), 2 * plain)
 
 
+def test_pairs_beyond_doubt_send_no_traces_of_gradients_back(tmp_path: Path, sd3_pipeline: Any) -> None:
+    trainer = tiny_trainer(tmp_path, sd3_pipeline, level_distribution="constant", level_value=0.4)
+    batch = trainer.data_collator([separable_pairs()[index] for index in range(3)])
+    scores = torch.tensor([0.5, 10.0, 12.0, 0.0, 0.0, 0.0], requires_grad=True)  # three chosen, three rejected
+    trainer.compute_loss(lambda *inputs: scores, batch).backward()
+    assert scores.grad is not None
+    z, normal = torch.tensor(0.5 / 0.86), torch.distributions.Normal(0, 1)
+    slope = float(normal.log_prob(z).exp() / (2 * 0.86 * normal.cdf(z).sqrt()))
+    assert scores.grad.tolist() == pytest.approx([-slope / 3, 0, 0, slope / 3, 0, 0], rel=1e-3, abs=0)
+
+
 def test_trains_from_a_huggingface_dataset(tmp_path: Path, sd3_pipeline: Any) -> None:
     import datasets
 
