@@ -109,6 +109,18 @@ def keep_scores_exact(plugin: Any) -> None:
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
+def compute_by_autocast(config: dict[str, Any]) -> None:
+    """Makes DeepSpeed compute in bfloat16 by autocast, over float32 parameters and gradients, as it is done under DDP.
+
+    Its own bfloat16 mode rounds LoRA, head and every input to bfloat16, in which scores of similar latents are equal.
+
+    Args:
+        config: DeepSpeed's configuration, before its engine is made.
+    """
+    config["bf16"] = {"enabled": False}
+    config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+
+
 class ExactTimesteps:
     """Keeps timesteps in float32 where FSDP2's mixed precision would round every floating-point input.
 

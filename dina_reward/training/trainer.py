@@ -29,7 +29,7 @@ from dina_reward.training.ema import EMA_WEIGHTS_NAME, EMACallback
 from dina_reward.training.metrics import PairMetrics, evaluation_metrics
 from dina_reward.training.pair_noise import PairNoiser
 from dina_reward.training.reward_files import load_reward, save_reward
-from dina_reward.training.sharding import ExactTimesteps, keep_scores_exact, reshard
+from dina_reward.training.sharding import ExactTimesteps, compute_by_autocast, keep_scores_exact, reshard
 from dina_reward.training.trained_module import TrainedModule
 
 
@@ -90,6 +90,8 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         _set_trainable(reward, args)
         # FSDP2 shards it in place, so that it stays the trained module whatever it is wrapped in.
         self._trained_module = TrainedModule(reward.model)
+        if args.deepspeed_plugin is not None and args.bf16:
+            compute_by_autocast(args.deepspeed_plugin.deepspeed_config)
         super().__init__(
             model=self._trained_module,
             args=args,
@@ -240,7 +242,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         """Scores of the chosen and of the rejected sides at each setting and the label, a row per pair of all ranks."""
         rows, positions = [], []
         bucketed = isinstance(dataloader.batch_sampler, SequentialBucketSampler)
-        with torch.no_grad(), self._averaged_parameters(), self.accelerator.autocast():
+        with torch.no_grad(), self._averaged_parameters(), self._autocast():
             for index, batch in enumerate(dataloader):
                 first = (index * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
                 if bucketed:
@@ -272,6 +274,11 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
                 self._save(output_dir)  # the trainer's own way would write the frozen backbone too
             else:
                 super().save_model(output_dir, _internal_call)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        if self.is_deepspeed_enabled and self.args.bf16:  # accelerate leaves precision to DeepSpeed's engine
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return self.accelerator.autocast()
 
     def _averaged_parameters(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.ema is None else self.ema.average_parameters()
