@@ -12,7 +12,7 @@ import typer
 from dina_reward.cli_cache import cache
 from dina_reward.cli_eval import evaluate
 from dina_reward.cli_recipes import app as recipes_app
-from dina_reward.console import print_table
+from dina_reward.console import hide_notes_of_optional_kernels, print_table
 
 
 app = typer.Typer(
@@ -177,6 +177,7 @@ def main() -> None:
     """Entry point: errors in the input end in one line, not in a traceback."""
     import sys
 
+    hide_notes_of_optional_kernels()
     try:
         app()
     except ValueError as error:

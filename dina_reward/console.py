@@ -1,7 +1,8 @@
-"""What commands share: how rewards and pipelines are named, and how a table is printed."""
+"""What commands share: how rewards and pipelines are named, what is printed, and what is not."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 
@@ -25,6 +26,14 @@ def _shipped_path(name: str, suffix: str) -> str:
     from dina_reward.shapes import weights_dir
 
     return str(weights_dir(SHIPPED[name] + suffix))
+
+
+def hide_notes_of_optional_kernels() -> None:
+    """Keeps a note of bitsandbytes out of what commands print; has to come before it is imported.
+
+    On CPUs with certain instructions it recommends a package for 4-bit kernels, whatever the command is about.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

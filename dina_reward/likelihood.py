@@ -159,8 +159,10 @@ class PreferenceLoss:
     | ``bradley_terry`` | ``-q log sigmoid(m - margin) - (1 - q) log sigmoid(-m - margin)`` |
 
     ``thurstone_fidelity`` with ``q = 1`` is the published loss. It saturates on badly misordered pairs (their gradient
-    vanishes, which forgives wrong labels); ``thurstone_nll`` does not. ``variance_scale=0, variance_offset=0.5`` is the
-    fixed-variance ablation of the paper.
+    vanishes, which forgives wrong labels); ``thurstone_nll`` does not. Where people prefer the chosen side with probability
+    ``pi`` and a pair has one vote, its mean is least at ``p = pi^2 / (pi^2 + (1 - pi)^2)``: probabilities come out too
+    sure. With shares of votes as ``q`` it is least at ``p = q``, and so is ``thurstone_nll`` with either.
+    ``variance_scale=0, variance_offset=0.5`` is the fixed-variance ablation of the paper.
 
     Args:
         name (`str`): one of the above.

@@ -30,181 +30,22 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from tqdm.auto import tqdm
 
-
-@dataclass(frozen=True)
-class Variant:
-    """What differs from the published recipe.
-
-    Args:
-        title: name in the table.
-        reward: fields of `LatentRewardConfig`.
-        training: fields of `LatentRewardTrainingConfig`.
-        use_level: noise level at which the reward is used in alignment, one that it was trained at.
-    """
-
-    title: str
-    reward: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    use_level: float = 0.4
-
-
-FIXED = {"variance_scale": 0.0, "variance_offset": 0.5}
-VARIANTS = {
-    "calibrated": Variant("noise-calibrated"),
-    "calibrated_nll": Variant("noise-calibrated, NLL", training={"loss_type": "thurstone_nll"}),
-    "fixed_variance": Variant("fixed variance", reward=FIXED),
-    "bradley_terry": Variant(
-        "Bradley-Terry", reward={"likelihood": "bradley_terry"}, training={"loss_type": "bradley_terry"}
-    ),
-    "clean_only": Variant(
-        "clean only", reward=FIXED, training={"level_distribution": "constant", "level_value": 0.0}, use_level=0.0
-    ),
-    "frozen": Variant("frozen backbone", training={"freeze_backbone": True}),
-}
-LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-ENSEMBLES = {1: (0.4,), 2: (0.3, 0.5), 3: (0.2, 0.4, 0.6), 5: (0.2, 0.3, 0.4, 0.5, 0.6)}
-"""Number of levels: the levels, all around .4."""
-
-BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 64, 1.5e-3, 0.985
-TRAIN_POOL, TEST_POOL = 1024, 128
-TRAIN_PAIRS, TEST_PAIRS = 80_000, 2_600
-KINDS = ("render", "ode", "sde")
-"""Sources of the latents: renders and samples. Degraded ones, which are told apart without reading the prompt, are left out,
-and so are pairs of negligible gap: a reward that trains this shortly would learn little else."""
-EVALUATION_SEED = 1234
-
-
-def make_pairs(directory: Path) -> None:
-    """Training and held-out pairs, the same for every run."""
-    from dina_reward.shapes import build_pool, load_pipeline, sample_pairs
-
-    directory.mkdir(parents=True, exist_ok=True)
-    settings = {"train": (TRAIN_POOL, TRAIN_PAIRS, 0), "held_out": (TEST_POOL, TEST_PAIRS, EVALUATION_SEED)}
-    for split, (pool, pairs, seed) in settings.items():
-        path = directory / f"{split}.safetensors"
-        if not path.is_file():
-            made = informative(sample_pairs(build_pool(load_pipeline(), split, pool, seed), split, pairs, seed))
-            made.save(path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
-
-
-def informative(pairs: Any) -> Any:
-    """Those of the pairs whose two latents are of `KINDS`, and whose qualities differ by more than a negligible gap.
-
-    The gap is the oracle's; labels stay as noisy as they are.
-    """
-    import torch
-
-    from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, SOURCES
-
-    kinds = torch.tensor([SOURCES.index(kind) for kind in KINDS])
-    kept = torch.isin(pairs.source[pairs.chosen], kinds) & torch.isin(pairs.source[pairs.rejected], kinds)
-    kept &= pairs.gap.abs() > NEGLIGIBLE_GAP
-    columns = {name: getattr(pairs, name)[kept] for name in ("chosen", "rejected", "scenes", "gap")}
-    return replace(pairs, **columns)
-
-
-class SingleVotes(Sequence[Any]):
-    """Training rows as most datasets have them: what one labeller said of each pair, with his errors."""
-
-    def __init__(self, pairs: Any) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: Any) -> Any:
-        return {**self.pairs[index], "p_chosen": 1.0}
-
-
-def run(name: str, seed: int, output: Path, steps: int, iterations: int) -> None:
-    """Trains, evaluates and uses one reward; its figures appear in `result.json` when all is done."""
-    from dina_reward.shapes import load_pipeline
-    from dina_reward.shapes.alignment import align
-    from dina_reward.shapes.preferences import PreferencePairs
-    from dina_reward.shapes.reward import train_reward
-
-    variant, directory = VARIANTS[name], output / name / f"seed-{seed}"
-    pipeline, started = load_pipeline(), time.perf_counter()
-    reward = train_reward(
-        pipeline,
-        SingleVotes(PreferencePairs.load(output / "pairs" / "train.safetensors")),
-        directory / "reward",
-        steps=steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
-        seed=seed,
-        reward_settings=variant.reward,
-        training_settings={"ema_decay": EMA_DECAY, **variant.training},
-    )
-    trained = time.perf_counter()
-    held_out = PreferencePairs.load(output / "pairs" / "held_out.safetensors")
-    result: dict[str, Any] = evaluate(reward, list(held_out))
-    evaluated = time.perf_counter()
-    aligned = align(
-        directory / "alignment",
-        iterations=iterations,
-        evaluate_every=iterations,
-        seed=seed,
-        reward_path=directory / "reward" / "averaged",
-        reward_noise_level=[variant.use_level],
-    )
-    first, last = aligned.history[0].metrics, aligned.history[-1].metrics
-    result["alignment"] = {
-        metric: [first[metric], last[metric]] for metric in first if metric in last and metric != "step"
-    }
-    result["seconds"] = {
-        "training": trained - started,
-        "evaluation": evaluated - trained,
-        "alignment": time.perf_counter() - evaluated,
-    }
-    (directory / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def evaluate(reward: Any, pairs: Sequence[Any]) -> dict[str, Any]:
-    """Accuracy and calibration at every level, and of ensembles in both ways, of one reward."""
-    import torch
-
-    from dina_reward.evaluation import PairProtocol, measure_calibration, pairwise_accuracy, score_pairs
-
-    def figures(margins: torch.Tensor, levels: Sequence[float]) -> dict[str, float]:
-        sigma = torch.tensor(levels).square().mean().sqrt()
-        probability = reward.preference_model.probability(margins, torch.zeros_like(margins), sigma)
-        calibration = measure_calibration(probability, labels)
-        return {
-            "accuracy": pairwise_accuracy(margins, labels).value,
-            "ece": calibration.expected_calibration_error,
-            "nll": calibration.nll,
-            "brier": calibration.brier,
-        }
-
-    single = score_pairs(reward, pairs, PairProtocol(LEVELS, None), batch_size=256, progress=False)
-    labels, margins = single.p_chosen, dict(zip(LEVELS, single.margins.T, strict=True))
-    ensembles: dict[str, dict[str, Any]] = {"mean": {}, "tokens": {}}
-    for count, levels in ENSEMBLES.items():
-        # All levels of an ensemble see one noise tensor, so the average of single-level scores is the ensemble "mean".
-        ensembles["mean"][str(count)] = figures(torch.stack([margins[level] for level in levels]).mean(dim=0), levels)
-        if count == 1:
-            ensembles["tokens"]["1"] = ensembles["mean"]["1"]
-            continue
-        scores = score_pairs(reward, pairs, PairProtocol((), levels, "tokens"), batch_size=256, progress=False)
-        ensembles["tokens"][str(count)] = figures(scores.margins[:, 0], levels)
-    return {
-        "pairs": len(pairs),
-        "levels": {f"{level:g}": figures(margins[level], (level,)) for level in LEVELS},
-        "score_std": {
-            f"{level:g}": float(torch.cat([chosen, rejected]).std())
-            for level, chosen, rejected in zip(LEVELS, single.chosen.T, single.rejected.T, strict=True)
-        },
-        "ensembles": ensembles,
-    }
+from dina_reward.shapes.ablation import (
+    BATCH_SIZE,
+    ENSEMBLES,
+    ITERATIONS,
+    RESULT_NAME,
+    STEPS,
+    VARIANTS,
+    Variant,
+    make_pairs,
+)
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -231,6 +72,12 @@ def _row(variant: Variant, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             kind: {
                 count: {
                     "accuracy": spread([100 * r["ensembles"][kind][count]["accuracy"] for r in results]),
+                    "gain": spread(
+                        [
+                            100 * (r["ensembles"][kind][count]["accuracy"] - r["ensembles"][kind]["1"]["accuracy"])
+                            for r in results
+                        ]
+                    ),
                     "ece": spread([r["ensembles"][kind][count]["ece"] for r in results]),
                 }
                 for count in results[0]["ensembles"][kind]
@@ -250,11 +97,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     def pm(value: Sequence[float]) -> str:
         return f"{value[0]:.1f} ± {value[1]:.1f}"
 
+    def signed(value: Sequence[float]) -> str:
+        return f"{value[0]:+.1f} ± {value[1]:.1f}"
+
     def ensembles(row: dict[str, Any], count: str) -> str:
         averaged, tokens = (row["ensembles"][kind][count] for kind in ("mean", "tokens"))
         if count == "1":
             return f"{pm(averaged['accuracy'])} ({averaged['ece'][0]:.3f})"
-        both = f"{pm(averaged['accuracy'])} / {pm(tokens['accuracy'])}"
+        both = f"{signed(averaged['gain'])} / {signed(tokens['gain'])}"
         return f"{both} ({averaged['ece'][0]:.3f} / {tokens['ece'][0]:.3f})"
 
     by_level = [
@@ -264,7 +114,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     by_count = [[row["variant"], *(ensembles(row, count) for count in counts)] for row in rows]
     aligned = [
         [row["variant"], f"{row['use_level']:g}", pm(row["accuracy_at_use_level"])]
-        + [pm(row[gain]) for gain in ("reward_gain", "fit_gain", "cleanness_gain")]
+        + [signed(row[gain]) for gain in ("reward_gain", "fit_gain", "cleanness_gain")]
         for row in rows
     ]
     columns = ("variant", "level", "accuracy there (%)", "reward (its own deviations)", "oracle fit", "cleanness")
@@ -272,8 +122,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         [
             "Accuracy (%) by noise level, mean over seeds; after the slash the expected calibration error.\n",
             _table(["variant", *levels], by_level),
-            "Ensembles around level .4, average of scores / tokens: accuracy (%) ± deviation over seeds; in brackets the "
-            "calibration error.\n",
+            "Ensembles around level .4: accuracy of the single level (%), and what an average of scores / attention over "
+            "all tokens adds to it (points), ± deviation over seeds; in brackets the calibration error.\n",
             _table(["variant", *(f"K = {count}" for count in counts)], by_count),
             "Flow-GRPO with each reward at its level: change on held-out prompts ± deviation over seeds. The reward in "
             "standard deviations of its scores on the held-out pairs, the oracle in points.\n",
@@ -291,48 +141,48 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy and calibration over the noise level, ensembles, and what alignment did."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    figure = Figure(figsize=(13, 6.8), layout="constrained")
     accuracy, calibration, ensembles, aligned = figure.subplots(2, 2).flat
     width = 0.8 / len(rows)
     for place, row in enumerate(rows):
         levels = [float(key) for key in row["accuracy_by_level"]]
         shift = (place - (len(rows) - 1) / 2) * width
+        style: dict[str, Any] = {"color": f"C{place}", "ms": 4, "lw": 1.2, "capsize": 2}
         for panel, key in ((accuracy, "accuracy_by_level"), (calibration, "ece_by_level")):
             values, errors = zip(*row[key].values(), strict=True)
-            panel.errorbar(
-                [level + 0.02 * shift for level in levels], values, errors, fmt="o-", ms=3, lw=1.2, capsize=2,
-                color=f"C{place}", label=row["variant"],
-            )  # fmt: skip
-        for kind, style, filled in (("mean", "o-", True), ("tokens", "s:", False)):
-            values, errors = zip(*(found["accuracy"] for found in row["ensembles"][kind].values()), strict=True)
-            ensembles.errorbar(
-                [position + 0.6 * shift for position in range(len(values))], values, errors, fmt=style, ms=4, lw=1.2,
-                capsize=2, color=f"C{place}", mfc=f"C{place}" if filled else "white",
-            )  # fmt: skip
+            label = row["variant"] if panel is accuracy else None
+            panel.errorbar([level + 0.02 * shift for level in levels], values, errors, fmt="o-", label=label, **style)
+        for kind, mark, face in (("mean", "o", f"C{place}"), ("tokens", "s", "white")):
+            values, errors = zip(*(found["gain"] for found in row["ensembles"][kind].values()), strict=True)
+            places = [position + shift + (0.03 if kind == "tokens" else -0.03) for position in range(1, len(values))]
+            ensembles.errorbar(places, values[1:], errors[1:], fmt=mark, mfc=face, **style)
         for group, gain in enumerate(("fit_gain", "cleanness_gain")):
             value, error = row[gain]
             aligned.bar(group + shift, value, 0.9 * width, yerr=error, capsize=2, color=f"C{place}")
     accuracy.set(title="accuracy on held-out pairs (%)", xlabel="noise level")
-    accuracy.legend(fontsize=8, loc="lower left")
     calibration.set(title="expected calibration error", xlabel="noise level", ylim=(0, None))
-    ensembles.set(title="accuracy of ensembles (%): average (filled), tokens (hollow)", xlabel="levels")
-    ensembles.set_xticks(range(len(ENSEMBLES)), [f"{n}" for n in ENSEMBLES])
+    ensembles.set(
+        title="what ensembles add to a single level (points): average (filled), tokens (hollow)", xlabel="levels"
+    )
+    ensembles.set_xticks(range(1, len(ENSEMBLES)), [f"{count}" for count in ENSEMBLES if count > 1])
     aligned.set(title="alignment with the reward: change in the oracle's view (points)")
     aligned.set_xticks([0, 1], ["fit", "cleanness"])
-    aligned.axhline(0, color="0.3", lw=0.8)
+    for panel in (ensembles, aligned):
+        panel.axhline(0, color="0.3", lw=0.8)
     for panel in (accuracy, calibration, ensembles, aligned):
         panel.grid(alpha=0.3)
         panel.title.set_fontsize(10)
+    figure.legend(loc="outside lower center", ncols=len(rows), fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def launch(name: str, seed: int, arguments: argparse.Namespace) -> None:
     """One run in a process of its own."""
     directory = arguments.output / name / f"seed-{seed}"
-    if (directory / "result.json").is_file():
+    if (directory / RESULT_NAME).is_file():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, "--output", str(arguments.output), "--one", name, str(seed)]
+    command = [sys.executable, "-m", "dina_reward.shapes.ablation", name, str(seed), "--output", str(arguments.output)]
     command += ["--steps", str(arguments.steps), "--iterations", str(arguments.iterations)]
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     with open(directory / "log.txt", "w", encoding="utf-8") as log:
@@ -349,15 +199,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; they share the cores")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="these variants alone")
     parser.add_argument(
-        "--steps", type=int, default=850, help=f"optimizer steps of each reward, {BATCH_SIZE} pairs each"
+        "--steps", type=int, default=STEPS, help=f"optimizer steps of each reward, {BATCH_SIZE} pairs each"
     )
-    parser.add_argument("--iterations", type=int, default=12, help="alignment iterations with each reward")
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="alignment iterations with each reward")
     arguments = parser.parse_args()
-    if arguments.one:
-        run(arguments.one[0], int(arguments.one[1]), arguments.output, arguments.steps, arguments.iterations)
-        return
     started, names = time.perf_counter(), arguments.only or list(VARIANTS)
+    kept = any(arguments.output.glob(f"*/seed-*/{RESULT_NAME}"))
     print(f"runs and tables: {arguments.output}")
     make_pairs(arguments.output / "pairs")
     places = [(name, seed) for seed in arguments.seeds for name in names]
@@ -370,7 +217,7 @@ def main() -> None:
             future.result()
     runs = {
         name: [
-            json.loads((arguments.output / name / f"seed-{seed}" / "result.json").read_text())
+            json.loads((arguments.output / name / f"seed-{seed}" / RESULT_NAME).read_text())
             for seed in arguments.seeds
         ]
         for name in names
@@ -382,7 +229,7 @@ def main() -> None:
         "jobs": arguments.jobs,
         "steps": arguments.steps,
         "iterations": arguments.iterations,
-        "seconds": time.perf_counter() - started,
+        "seconds": None if kept else time.perf_counter() - started,
         "table": table,
         "runs": runs,
     }

@@ -1,10 +1,13 @@
-"""Names of what ships with the package."""
+"""Names of what ships with the package, and what commands do not print."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from dina_reward.console import pipeline_path, reward_path
+import pytest
+
+from dina_reward.console import hide_notes_of_optional_kernels, pipeline_path, reward_path
 
 
 def test_shipped_names_are_directories_and_other_names_stay() -> None:
@@ -13,3 +16,11 @@ def test_shipped_names_are_directories_and_other_names_stay() -> None:
         assert Path(reward_path(name), "head.safetensors").is_file()
     assert pipeline_path("shapes") != pipeline_path("shapes-ddpm")
     assert (pipeline_path("org/model"), reward_path("org/reward")) == ("org/model", "org/reward")
+
+
+def test_notes_of_optional_kernels_are_hidden_and_errors_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    hide_notes_of_optional_kernels()
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward")
+    logger.error("broken")
+    assert [record.message for record in caplog.records] == ["broken"]

@@ -104,6 +104,19 @@ def test_soft_targets_are_met_at_the_minimum(name: Any, q: float, level: float) 
     assert loss.probability(best[None], zeros[:1], sigma[:1]).item() == pytest.approx(q, abs=2e-3)
 
 
+@given(pi=st.floats(0.1, 0.9), level=levels)
+@settings(max_examples=30)
+@pytest.mark.parametrize("name", LOSSES)
+def test_single_votes_make_fidelity_too_sure_and_no_other_loss(name: Any, pi: float, level: float) -> None:
+    loss = PreferenceLoss(name)
+    margins = torch.linspace(-12, 12, 30001, dtype=torch.float64)
+    sigma, zeros = torch.full_like(margins, level), torch.zeros_like(margins)
+    votes = [loss.per_pair(margins, zeros, sigma, torch.full_like(margins, vote)) for vote in (1, 0)]
+    best = margins[(pi * votes[0] + (1 - pi) * votes[1]).argmin()]
+    expected = pi**2 / (pi**2 + (1 - pi) ** 2) if name == "thurstone_fidelity" else pi
+    assert loss.probability(best[None], zeros[:1], sigma[:1]).item() == pytest.approx(expected, abs=3e-3)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_ties_pull_the_scores_together(name: Any) -> None:
     chosen = torch.tensor([2.0], requires_grad=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dina_reward.data.cache import CacheReport, build_cache
     from dina_reward.data.cache_manifest import CacheSettings
     from dina_reward.data.cached import CachedPreferences
+    from dina_reward.data.latent_rows import LatentRows
     from dina_reward.data.sampler import BucketBatchSampler, bucketed_loader
 
 _MODULES = {
@@ -27,6 +28,7 @@ _MODULES = {
     "CacheReport": "cache",
     "CacheSettings": "cache_manifest",
     "CachedPreferences": "cached",
+    "LatentRows": "latent_rows",
     "bucketed_loader": "sampler",
     "build_cache": "cache",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "CacheSettings",
     "CachedPreferences",
     "LatentPreferenceDataset",
+    "LatentRows",
     "Preference",
     "PreferenceBatch",
     "PreferencePair",

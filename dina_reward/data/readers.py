@@ -26,7 +26,7 @@ from dina_reward.data.pairs import PairIndex, SideIndex, swapped_sides, within_l
 from dina_reward.data.preference import Preference
 from dina_reward.data.rankings import Ranking, RankingList
 from dina_reward.data.schemas import Options, Schema, find_schema
-from dina_reward.data.sides import Side, side_name, stored_value
+from dina_reward.data.sides import Side, published_shape, side_name, stored_value
 from dina_reward.data.tables import OpenedTable, open_table
 
 
@@ -190,6 +190,22 @@ class PreferenceReader(Dataset[Preference]):
                 continue
             yield preference
 
+    def latent_shapes(self) -> np.ndarray | None:
+        """Numbers that are equal where published latent shapes are, for both sides, shape ``(pairs, 2)``, int64.
+
+        -1 where a row does not say; ``None`` where the dataset has no such columns.
+        """
+        numbers: dict[tuple[int, ...], int] = {}
+        sides = []
+        for side in (self._first, self._second):
+            if side.shape_column is None:
+                return None
+            column = self._table.select_columns([side.shape_column])[:].column(0)
+            sides.append(
+                np.array([_shape_number(value, numbers) for value in column.to_pylist()], np.int64)[side.rows]
+            )
+        return np.stack(sides, axis=1)
+
     @property
     def rankings(self) -> RankingList | None:
         """The rankings as published, ties included and before any filter; None where the dataset has pairs."""
@@ -292,6 +308,14 @@ def _columns_of(dataset: datasets.Dataset, index: PairIndex) -> datasets.Dataset
     for side in (index.first, index.second):
         names |= {name for name in (side.column, side.name_column, side.shape_column) if name is not None}
     return dataset.select_columns([name for name in dataset.column_names if name in names])
+
+
+def _shape_number(shape: Any, numbers: dict[tuple[int, ...], int]) -> int:
+    """Number of a published shape, a new one for a shape that is not among ``numbers`` yet; -1 for what is no shape."""
+    try:
+        return -1 if shape is None else numbers.setdefault(published_shape(shape), len(numbers))
+    except ValueError:
+        return -1
 
 
 def _word(table: pa.Table, name: str) -> str:

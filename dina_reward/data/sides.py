@@ -133,10 +133,8 @@ def read_latent(value: Stored, image_root: Path | None = None, shape: Any = None
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.dtype == np.uint8:
         kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise ValueError(f"expected a latent, an array of floating point numbers, got {kind}")
-    if shape is not None:
-        expected = tuple(ast.literal_eval(shape)) if isinstance(shape, str) else tuple(int(n) for n in shape)
-        if value.shape != expected:
-            raise ValueError(f"the latent has shape {value.shape}, its row says {expected}")
+    if shape is not None and published_shape(value.shape) != published_shape(shape):
+        raise ValueError(f"the latent has shape {value.shape}, its row says {published_shape(shape)}")
     latent = torch.from_numpy(np.ascontiguousarray(value).copy())
     latent = latent if latent.dtype in (torch.float16, torch.float32) else latent.float()
     if latent.ndim == 4 and latent.shape[0] == 1:
@@ -145,6 +143,19 @@ def read_latent(value: Stored, image_root: Path | None = None, shape: Any = None
         problem = "NaN or infinite values" if latent.ndim >= 2 else f"the shape {tuple(latent.shape)}"
         raise ValueError(f"the latent has {problem}; expected finite numbers of shape (channels, height, width)")
     return latent
+
+
+def published_shape(shape: Any) -> tuple[int, ...]:
+    """A shape that is a list or the text of one, without a batch dimension of 1.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        numbers = tuple(int(n) for n in (ast.literal_eval(shape) if isinstance(shape, str) else shape))
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"the published shape of a latent is no list of numbers: {shape!r}") from error
+    return numbers[1:] if len(numbers) == 4 and numbers[0] == 1 else numbers
 
 
 def side_name(value: Stored) -> str:

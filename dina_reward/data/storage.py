@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import datasets
 
     from dina_reward.data.cached import CachedPreferences
+    from dina_reward.data.latent_rows import LatentRows
 
 TENSORS_NAME = "preferences.safetensors"
 PROMPTS_NAME = "prompts.json"
@@ -116,24 +117,44 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
 
 
 def load_preferences(
-    path: str | os.PathLike[str], split: str = "train"
-) -> LatentPreferenceDataset | CachedPreferences | datasets.Dataset:
-    """Opens preferences on disk or on the hub.
+    path: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    min_confidence: float | None = None,
+    max_pairs_per_prompt: int | None = None,
+) -> LatentPreferenceDataset | CachedPreferences | LatentRows | datasets.Dataset:
+    """Opens preferences between latents, on disk or on the hub.
 
     Args:
         path: a directory written by `LatentPreferenceDataset.save`, by `build_cache` (``dina-reward cache``) or by
-            `datasets.Dataset.save_to_disk`, a parquet file, a directory of parquet files, or the hub id of a dataset.
+            `datasets.Dataset.save_to_disk`, a parquet file, a directory of parquet files, the index (csv) of published
+            latents, or the hub id of a dataset. Columns are those of a preference record, or those of the latents that
+            the published reward was trained on (``latent1``, ``latent2``).
         split: split to read from a `DatasetDict`, from parquet files in a directory (``split-*.parquet``, or all of
             them for ``train`` when none is named so), from a directory with one latent cache per split, or from the hub.
+        min_confidence, max_pairs_per_prompt: filters of published latents, see `read_preferences`.
 
     Raises:
-        ValueError: nothing readable there, or required columns are missing.
+        ValueError: nothing readable there, required columns are missing, or filters for a dataset that takes none.
     """
+    from dina_reward.data.latent_rows import LatentRows
+
+    filters = {"min_confidence": min_confidence, "max_pairs_per_prompt": max_pairs_per_prompt}
+    rows = _open(Path(path), str(path), split, filters)
+    given = [name for name, value in filters.items() if value is not None]
+    if given and not isinstance(rows, LatentRows):
+        raise ValueError(
+            f"{path} takes no {' and '.join(given)}: these filters are for published latents; a latent cache is filtered "
+            "when it is made"
+        )
+    return rows
+
+
+def _open(location: Path, name: str, split: str, filters: Mapping[str, Any]) -> Any:
     import datasets
 
     from dina_reward.data.cache_manifest import is_cache
 
-    location = Path(path)
     if (location / TENSORS_NAME).exists():
         return LatentPreferenceDataset.load(location)
     for place in (location, location / split):
@@ -141,13 +162,15 @@ def load_preferences(
             from dina_reward.data.cached import CachedPreferences
 
             return CachedPreferences(place)
+    if location.is_file() and location.suffix == ".csv":
+        return _published_latents(location, filters)
     if location.is_file() and location.suffix == ".parquet":
-        return preference_rows(datasets.load_dataset("parquet", data_files=str(location), split="train"))
+        return _rows(datasets.load_dataset("parquet", data_files=str(location), split="train"), filters)
     if not location.exists():
-        return preference_rows(_from_hub(str(path), split))
+        return _rows(_from_hub(name, split), filters)
     if (location / "dataset_info.json").exists() or (location / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(location))
-        return preference_rows(_pick_split(loaded, split, location))
+        return _rows(_pick_split(loaded, split, location), filters)
     files = sorted(str(file) for file in location.glob("*.parquet")) if location.is_dir() else []
     named = [file for file in files if Path(file).name.startswith(f"{split}-")]
     if not (named or (files and split == "train")):
@@ -156,7 +179,20 @@ def load_preferences(
             f"{location} holds no preferences for the split {split!r}: expected {TENSORS_NAME}, a saved "
             f"datasets.Dataset or parquet files, found {found}"
         )
-    return preference_rows(datasets.load_dataset("parquet", data_files=named or files, split="train"))
+    return _rows(datasets.load_dataset("parquet", data_files=named or files, split="train"), filters)
+
+
+def _rows(dataset: datasets.Dataset, filters: Mapping[str, Any]) -> Any:
+    if {"latent1", "latent2"} <= set(dataset.column_names):
+        return _published_latents(dataset, filters)
+    return preference_rows(dataset)
+
+
+def _published_latents(dataset: Path | datasets.Dataset, filters: Mapping[str, Any]) -> LatentRows:
+    from dina_reward.data.latent_rows import LatentRows
+    from dina_reward.data.readers import read_preferences
+
+    return LatentRows(read_preferences(dataset, **filters))
 
 
 def preference_rows(dataset: Any) -> Any:

@@ -8,6 +8,7 @@ from dina_reward.evaluation.accuracy import (
     accuracy_by_noise,
     pairwise_accuracy,
 )
+from dina_reward.evaluation.benchmarks import BenchmarkRow, benchmark_rows, benchmark_table
 from dina_reward.evaluation.calibration import Calibration, CalibrationBin, measure_calibration
 from dina_reward.evaluation.clip import ClipReward
 from dina_reward.evaluation.comparison import Comparison, ScorerReport, SettingReport, evaluate_scorers
@@ -19,12 +20,14 @@ from dina_reward.evaluation.scored_pairs import ScoredPairs, score_dataset
 from dina_reward.evaluation.scorers import CallableScorer, LatentScorer, Scorer
 from dina_reward.evaluation.settings import Setting, evaluation_settings
 from dina_reward.evaluation.ties import tune_tie_threshold
+from dina_reward.evaluation.variance import calibrate_variance, fit_variance
 
 
 __all__ = [
     "BENCHMARK_TIES",
     "TIE_CONVENTIONS",
     "Accuracy",
+    "BenchmarkRow",
     "Calibration",
     "CalibrationBin",
     "CallableScorer",
@@ -41,9 +44,13 @@ __all__ = [
     "SettingReport",
     "TieConvention",
     "accuracy_by_noise",
+    "benchmark_rows",
+    "benchmark_table",
+    "calibrate_variance",
     "evaluate_preferences",
     "evaluate_scorers",
     "evaluation_settings",
+    "fit_variance",
     "measure_calibration",
     "pairwise_accuracy",
     "plot_comparison",

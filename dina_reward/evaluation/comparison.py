@@ -21,6 +21,8 @@ from dina_reward.evaluation.scored_pairs import ScoredPairs, score_dataset
 from dina_reward.evaluation.scorers import Scorer
 from dina_reward.evaluation.settings import Setting
 from dina_reward.evaluation.ties import TieThreshold, tune_tie_threshold, validation_half
+from dina_reward.evaluation.variance import fit_variance
+from dina_reward.likelihood import ThurstoneModel
 
 
 MAX_SLICES = 40
@@ -59,12 +61,15 @@ class ScorerReport:
         likelihood: model of the probabilities that calibration is measured of, ``None`` without one.
         settings: by name.
         cost: seconds and memory.
+        fitted_variance: Thurstone variance of the least mean NLL over the single levels, for choosing ``variance_scale`` and
+            ``variance_offset``; ``None`` for other likelihoods, for a single level, and where none fits. See `fit_variance`.
     """
 
     name: str
     likelihood: str | None
     settings: dict[str, SettingReport]
     cost: Cost
+    fitted_variance: ThurstoneModel | None = None
 
     @property
     def headline(self) -> str:
@@ -260,7 +265,9 @@ class _Analysis:
                 by_source=accuracies[1],
                 by_resolution=accuracies[2],
             )
-        return ScorerReport(scorer.name, scorer.likelihood, settings, scored.cost)
+        return ScorerReport(
+            scorer.name, scorer.likelihood, settings, scored.cost, _fitted_variance(scorer, margins, labels)
+        )
 
     def difference(self, report: ScorerReport, baseline: ScorerReport) -> Difference:
         """Headline settings on the same resamples."""
@@ -325,6 +332,20 @@ class _Analysis:
         shown = [name if name in large or not name else REST for name in names]
         values = np.array(shown, dtype=object)
         return {name: values == name for name in (*large, REST) if name in shown}
+
+
+def _fitted_variance(scorer: Scorer, margins: Any, labels: Any) -> ThurstoneModel | None:
+    levels = {
+        setting.levels[0]: column
+        for column, setting in enumerate(scorer.settings)
+        if len(setting.levels) == 1 and setting.draws == 1
+    }
+    if scorer.likelihood != "thurstone" or len(levels) < 2:
+        return None
+    try:
+        return fit_variance(margins[:, list(levels.values())], list(levels), labels)
+    except ValueError:  # no variance fits best
+        return None
 
 
 def _notes(table: PairTable, options: AnalysisOptions, held: np.ndarray) -> tuple[str, ...]:

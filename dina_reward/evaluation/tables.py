@@ -86,6 +86,11 @@ def _explanations(comparison: Comparison) -> list[str]:
             f", {cost.prepare_seconds_per_1000:.3g} s / 1,000 for the VAE" if cost.prepare_seconds_per_1000 else ""
         )
         model = f"probabilities: {reward.likelihood}" if reward.likelihood else "no probabilities, so no calibration"
+        if (fitted := reward.fitted_variance) is not None:
+            model += (
+                f" (least NLL on these pairs: variance_scale {fitted.variance_scale:.3g}, variance_offset "
+                f"{fitted.variance_offset:.3g})"
+            )
         lines.append(
             f"{reward.name}: {model}; {cost.samples:,} samples on {cost.device}, batches of {cost.batch_size}, peak "
             f"{kind} {cost.peak_memory / 2**20:,.0f} MiB{prepare}"

@@ -27,6 +27,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
 from dina_reward.atomic import atomic_directory
+from dina_reward.evaluation import calibrate_variance
 from dina_reward.families import family_of
 
 from .autoencoder import reconstruction_psnr, train_autoencoder
@@ -42,6 +43,9 @@ POOL_SIZES = {"train": 4096, "held_out": 1024}
 """Latents of each of the five sources."""
 
 PAIR_COUNTS = {"train": 60000, "held_out": 4000}
+
+CALIBRATION_SEED, CALIBRATION_POOL, CALIBRATION_PAIRS = 777, 256, 4000
+"""Pairs that the variance of a trained reward's likelihood is fitted to: other latents, captions of the training split."""
 
 
 def build_vae(output: Path, seed: int = 0) -> None:
@@ -91,11 +95,16 @@ def build_preferences(world: World, output: Path, seed: int = 0) -> None:
 
 
 def build_reward(world: World, output: Path, seed: int = 0) -> None:
-    """Train a latent reward on the preferences, print its held-out accuracy and write it."""
+    """Train a latent reward on the preferences, calibrate it on fresh pairs, print its held-out accuracy and write it."""
     pipeline = DiffusionPipeline.from_pretrained(output / world.name)
     preferences = output / f"{world.name}-preferences"
     pairs = {split: PreferencePairs.load(preferences / f"{split}.safetensors") for split in POOL_SIZES}
     reward = train_reward(pipeline, pairs["train"], output / f"{world.name}-reward-training", seed=seed)
+    fresh_seed = seed + CALIBRATION_SEED
+    fresh = sample_pairs(
+        build_pool(pipeline, "train", CALIBRATION_POOL, fresh_seed), "train", CALIBRATION_PAIRS, fresh_seed
+    )
+    print(f"variance fitted to {len(fresh)} pairs: {calibrate_variance(reward, fresh, batch_size=256)}")
     report = evaluate_reward(reward, pairs["held_out"])
     print(report.table(), report.calibration_table("0.4"), sep="\n\n")
     reward.save_pretrained(output / f"{world.name}-reward")

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dina_reward.evaluation import EvaluationReport, PairProtocol, evaluate_preferences, plot_evaluation
+from dina_reward.evaluation import (
+    EvaluationReport,
+    PairProtocol,
+    plot_evaluation,
+    report_from_scores,
+    score_pairs,
+)
 from dina_reward.head import RewardHeadConfig
 from dina_reward.modeling import default_lora_config
 from dina_reward.reward import LatentReward
@@ -21,7 +28,9 @@ from dina_reward.shapes.worlds import WORLDS, world_of
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 
 
-PROTOCOL = PairProtocol(noise_levels=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), ensemble_levels=(0.2, 0.4, 0.6))
+PROTOCOL = PairProtocol(
+    noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), ensemble_levels=(0.2, 0.4, 0.6)
+)
 
 
 def new_reward(pipeline: Any, seed: int = 0, **settings: Any) -> LatentReward:
@@ -90,16 +99,21 @@ def train_reward(
 
 
 def evaluate_reward(reward: LatentReward, pairs: PreferencePairs) -> EvaluationReport:
-    """Accuracy by noise level and calibration on the pairs whose oracle gap is not negligible."""
-    clear = [pair for pair in pairs if abs(pair["gap"]) > NEGLIGIBLE_GAP]
-    return evaluate_preferences(reward, clear, PROTOCOL, batch_size=256)
+    """Accuracy by noise level on the pairs whose oracle gap is not negligible; calibration on all of them."""
+    scores = score_pairs(reward, pairs, PROTOCOL, batch_size=256)
+    clear = pairs.gap.abs() > NEGLIGIBLE_GAP
+    parts = {name: getattr(scores, name)[clear] for name in ("chosen", "rejected", "p_chosen")}
+    calibration = report_from_scores(scores).calibration
+    return replace(report_from_scores(replace(scores, **parts)), calibration=calibration)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Evaluate the shipped reward on fresh pairs of held-out prompts.")
     parser.add_argument("--world", choices=[world.name for world in WORLDS], default="flow", help="which generator")
     parser.add_argument("--pool", type=int, default=256, help="latents of each source")
-    parser.add_argument("--pairs", type=int, default=4000, help="pairs to draw; those of negligible gap are left out")
+    parser.add_argument(
+        "--pairs", type=int, default=4000, help="pairs to draw; accuracy leaves those of negligible gap out"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="seeds latents and pairs")
     parser.add_argument("--picture", type=Path, help="where to draw accuracy by noise level and calibration")
     arguments = parser.parse_args()
@@ -107,7 +121,12 @@ def main() -> None:
     pool = build_pool(pipeline, "held_out", arguments.pool, arguments.seed)
     pairs = sample_pairs(pool, "held_out", arguments.pairs, arguments.seed)
     report = evaluate_reward(load_reward(arguments.world, pipeline=pipeline), pairs)
-    print(report.table(), "calibration at level 0.4", report.calibration_table("0.4"), sep="\n\n")
+    print(
+        report.table(),
+        f"NLL, Brier score and calibration error are of all {len(pairs)} pairs; at level 0.4:",
+        sep="\n\n",
+    )
+    print(f"\n{report.calibration_table('0.4')}")
     if arguments.picture is not None:
         plot_evaluation(report, arguments.picture)
         print(f"picture: {arguments.picture}")

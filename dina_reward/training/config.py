@@ -45,6 +45,10 @@ class LatentRewardTrainingConfig(TrainingArguments):
         default=False,
         metadata={"help": "Train the head alone; the LoRA stays at its start, where it changes nothing."},
     )
+    share_noise_within_pair: bool = field(
+        default=True,
+        metadata={"help": "Both sides of a pair see the same noise, which then cancels; false: each has its own."},
+    )
     level_distribution: str = field(
         default="uniform",
         metadata={

@@ -1,4 +1,4 @@
-"""Noise for training pairs: one level and one noise tensor per pair, seen by both of its sides."""
+"""Noise for training pairs: one level per pair, and one noise tensor that both of its sides see (or one for each)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from dina_reward.noise import LevelSampler, NoisePoint, NoiseProcess
 from dina_reward.noise_draws import draw_noise, fold_seed
 
 
-_LEVEL_STREAM, _NOISE_STREAM = 0, 1
+_LEVEL_STREAM, _NOISE_STREAM, _REJECTED_STREAM = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """Both sides of a batch of pairs under their common noise.
+    """Both sides of a batch of pairs at their common level.
 
     Args:
         latents (`Tensor`): shape ``(2 * pairs, ...)``, float32; the chosen sides first, then the rejected ones.
         point (`NoisePoint`): level and timestep of every pair, shape ``(pairs,)``, on the device of ``latents``.
-        noise (`Tensor`): the noise of every pair, shape ``(pairs, ...)``, float32.
+        noise (`Tensor`): the noise of the chosen sides, shape ``(pairs, ...)``, float32.
+        rejected_noise (`Tensor`): that of the rejected sides; the same tensor unless each side has noise of its own.
     """
 
     latents: Tensor
     point: NoisePoint
     noise: Tensor
+    rejected_noise: Tensor
 
 
 @dataclass(frozen=True)
 class PairNoiser:
     """Adds noise to training pairs: ``x = a(sigma) x_0 + sigma eps`` with ``sigma`` and ``eps`` shared inside a pair.
+
+    Shared noise cancels in the comparison of a pair (arXiv 2602.11146); DRM gives each side noise of its own.
 
     What a pair draws depends on the seed, the optimizer step and the pair's position in that step's batch across all
     ranks and accumulated micro-batches, and on nothing else. So a resumed run repeats its draws, ranks never share one,
@@ -41,11 +45,13 @@ class PairNoiser:
         process: noise process of the reward's backbone, whose grid levels snap to.
         levels: distribution of the levels.
         seed: seed of the run.
+        share_noise: whether both sides of a pair see the same noise.
     """
 
     process: NoiseProcess
     levels: LevelSampler
     seed: int
+    share_noise: bool = True
 
     def __call__(self, chosen: Tensor, rejected: Tensor, *, step: int, first_position: int) -> NoisedPairs:
         """Noises a micro-batch.
@@ -60,5 +66,9 @@ class PairNoiser:
         point = self.process.snap(torch.cat([self.levels.sample(1, stream) for stream in streams]))
         point = NoisePoint(point.level.to(chosen.device), point.timestep.to(chosen.device))
         (noise,) = draw_noise(chosen, seed=[fold_seed(seed, _NOISE_STREAM) for seed in seeds])
-        sides = [self.process.add_noise(side.float(), noise, point.level) for side in (chosen, rejected)]
-        return NoisedPairs(torch.cat(sides), point, noise)
+        other = noise
+        if not self.share_noise:
+            (other,) = draw_noise(rejected, seed=[fold_seed(seed, _REJECTED_STREAM) for seed in seeds])
+        sides = ((chosen, noise), (rejected, other))
+        noisy = [self.process.add_noise(side.float(), drawn, point.level) for side, drawn in sides]
+        return NoisedPairs(torch.cat(noisy), point, noise, other)

@@ -46,6 +46,15 @@ class TrainRewardArguments:
     dataset_test_split: str | None = field(default="test", metadata={"help": "Split to evaluate on; null for none."})
     max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs."})
     max_eval_pairs: int | None = field(default=None, metadata={"help": "Evaluate on the first so many pairs."})
+    min_confidence: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of published latents: leave out pairs whose annotators were less sure. A cache has it already."
+        },
+    )
+    max_pairs_per_prompt: int | None = field(
+        default=None, metadata={"help": "Of published latents: leave out pairs where a prompt has more; published: 8."}
+    )
     torch_dtype: str = field(default="float32", metadata={"help": "Dtype of the frozen backbone: float32, bfloat16."})
     num_layers: int | None = field(
         default=None, metadata={"help": "Blocks of the backbone that run; null: the default for the model."}
@@ -141,7 +150,12 @@ def load_pairs(arguments: TrainRewardArguments, split: str, limit: int | None) -
             f"{place} holds one set of pairs, which would be trained and tested on; keep one directory per split in it "
             f"({arguments.dataset_train_split}, {arguments.dataset_test_split}), or set dataset_test_split to null"
         )
-    pairs: Any = load_preferences(arguments.dataset_name, split)
+    pairs: Any = load_preferences(
+        arguments.dataset_name,
+        split,
+        min_confidence=arguments.min_confidence,
+        max_pairs_per_prompt=arguments.max_pairs_per_prompt,
+    )
     return pairs if limit is None else FirstRows(pairs, limit)
 
 

@@ -39,7 +39,8 @@ TRAINING_ARGS_FILE = "training_args.json"
 class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
     """Trains a latent reward on preferences (arXiv 2602.11146).
 
-    Every pair gets one noise level and one noise tensor, which both of its latents see; both sides go through the backbone
+    Every pair gets one noise level and one noise tensor, which both of its latents see (unless
+    ``share_noise_within_pair=False``); both sides go through the backbone
     in one batch, each prompt encoded once. LoRA and head train in float32. Runs on one device, under DDP, under FSDP2 and
     under DeepSpeed ZeRO 1 and 2; FSDP1 and ZeRO-3 are refused.
 
@@ -81,7 +82,9 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
     ) -> None:
         self.reward = reward
         self.preference_loss = _loss_of(reward, args)
-        self.noiser = PairNoiser(reward.noise_process, args.level_sampler(), args.seed)
+        self.noiser = PairNoiser(
+            reward.noise_process, args.level_sampler(), args.seed, share_noise=args.share_noise_within_pair
+        )
         ensemble = None if args.eval_ensemble_levels is None else tuple(args.eval_ensemble_levels)
         self.eval_protocol = PairProtocol(tuple(args.eval_noise_levels), ensemble, seed=args.eval_seed)
         self._pair_metrics = PairMetrics()

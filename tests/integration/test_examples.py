@@ -30,6 +30,7 @@ def test_every_example_is_short_and_tested_here() -> None:
         "04_swap_into_your_loop.py",
         "05_two_rewards_and_a_held_out_judge.py",
         "06_backprop_the_reward.py",
+        "07_from_images_to_an_evaluation.py",
     ]
     for name in names:
         assert len((EXAMPLES / name).read_text().splitlines()) < (90 if name.startswith("04") else 60)
@@ -82,6 +83,16 @@ def test_two_rewards_and_a_held_out_judge(tmp_path: Path) -> None:
 def test_backprop_the_reward(tmp_path: Path) -> None:
     run_example("06_backprop_the_reward.py", tmp_path, "2")
     assert (tmp_path / "outputs" / "my_backprop" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_from_images_to_an_evaluation(tmp_path: Path) -> None:
+    output = run_example("07_from_images_to_an_evaluation.py", tmp_path)
+    assert "119 of 120 pairs" in output
+    assert "lost.png does not exist" in output
+    accuracy = dict(re.findall(r"^\| (?:shapes|colourfulness) +\| +(\S.*?) +\| +(\d+\.\d+) \[", output, re.MULTILINE))
+    assert set(accuracy) == {"0.1", "0.4", "0.2+0.4+0.6 tokens", "score"}
+    assert float(accuracy["0.4"]) > 90 > float(accuracy["score"])
+    assert (tmp_path / "outputs" / "images_to_evaluation" / "evaluation.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["README.md", "recipes/README.md"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +29,18 @@ def test_both_sides_see_the_same_noise_at_the_same_level(noiser: PairNoiser, sid
         torch.testing.assert_close(noisy, (1 - level) * clean + level * pairs.noise)
     torch.testing.assert_close(pairs.point.timestep, 1000 * pairs.point.level)
     assert all(bool((noiser.process.levels == value).any()) for value in pairs.point.level)
+
+
+def test_each_side_may_have_noise_of_its_own(noiser: PairNoiser, sides: tuple[Tensor, Tensor]) -> None:
+    shared = noiser(*sides, step=3, first_position=0)
+    own = replace(noiser, share_noise=False)(*sides, step=3, first_position=0)
+    assert shared.rejected_noise is shared.noise
+    assert torch.equal(own.noise, shared.noise)
+    assert torch.equal(own.point.level, shared.point.level)
+    level = own.point.level[:, None, None, None]
+    torch.testing.assert_close(own.latents[8:], (1 - level) * sides[1] + level * own.rejected_noise)
+    correlation = torch.corrcoef(torch.stack([own.noise.flatten(), own.rejected_noise.flatten()]))[0, 1]
+    assert abs(correlation) < 0.1
 
 
 def test_pairs_draw_independently(noiser: PairNoiser, sides: tuple[Tensor, Tensor]) -> None:
