@@ -144,7 +144,8 @@ def load_pairs(arguments: TrainRewardArguments, split: str, limit: int | None) -
         ValueError: one set of pairs is asked for as two different splits.
     """
     place = Path(arguments.dataset_name)
-    undivided = (place / TENSORS_NAME).exists() or is_cache(place)
+    undivided = place.is_file() or is_cache(place)
+    undivided |= any((place / name).exists() for name in (TENSORS_NAME, "dataset_info.json"))
     if undivided and arguments.dataset_test_split not in (None, arguments.dataset_train_split):
         raise ValueError(
             f"{place} holds one set of pairs, which would be trained and tested on; keep one directory per split in it "

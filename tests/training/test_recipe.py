@@ -4,11 +4,14 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from trl import TrlParser
 
 from dina_reward import LatentReward
+from dina_reward.data import LatentRows
 from dina_reward.training import run
+from tests.data.preference_files import npy, write_parquet
 from tests.training.bucketed import embedded_rows
 from tests.training.tiny_reward import separable_pairs, tiny_reward, training_config
 
@@ -130,6 +133,49 @@ def test_no_text_encoder_is_loaded_for_encoded_prompts(sd3_pipeline: Any, tmp_pa
     assert (len(pairs), len(held_out)) == (8, 4)
     run.train_reward(arguments, training_config(tmp_path / "out", max_steps=2, per_device_train_batch_size=4))
     assert (tmp_path / "out" / "evaluation.png").exists()
+
+
+def published_latents(path: Path) -> Path:
+    """Rows as the published reward was trained on, of two shapes; the last two have a prompt in common with others."""
+    rows = []
+    for number in range(10):
+        size, shift = (16, 8, 8) if number % 2 else (16, 8, 12), 1.0 if number % 3 else -1.0
+        latents = {
+            side: npy(np.full(size, sign * shift, np.float16)) for side, sign in (("latent1", 1), ("latent2", -1))
+        }
+        shapes = {f"{side}_shape": list(size) for side in latents}
+        rows.append({"prompt": f"prompt {number % 8}", **latents, **shapes, "detailed_results": None})
+    return write_parquet(path, rows)
+
+
+def test_published_latents_are_trained_on_as_they_are(sd3_pipeline: Any, tmp_path: Path) -> None:
+    sd3_pipeline.save_pretrained(tmp_path / "pipeline")
+    path = published_latents(tmp_path / "latents.parquet")
+    arguments = run.TrainRewardArguments(
+        str(tmp_path / "pipeline"), str(path), dataset_test_split=None, max_pairs_per_prompt=1, num_layers=2,
+        visual_taps=[1, 2], lora_r=4, lora_alpha=8, max_sequence_length=8,
+    )  # fmt: skip
+    _, pairs, _ = run.load_inputs(arguments, seed=0)
+    assert isinstance(pairs, LatentRows)
+    assert len(pairs) == 8
+    assert sorted(pairs.bucket_of.tolist()) == [0] * 4 + [1] * 4
+    run.train_reward(arguments, training_config(tmp_path / "out", max_steps=4, per_device_train_batch_size=2))
+    assert (tmp_path / "out" / "head.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "saved", "own"])
+def test_one_set_of_pairs_is_not_trained_and_tested_on(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    if kind == "own":
+        separable_pairs(4).save(tmp_path / "pairs")
+    elif kind == "saved":
+        datasets.Dataset.from_list([{"prompt": "p"}]).save_to_disk(str(tmp_path / "pairs"))
+    else:
+        published_latents(tmp_path / "pairs")
+    arguments = run.TrainRewardArguments("x", str(tmp_path / "pairs"))
+    with pytest.raises(ValueError, match="holds one set of pairs, which would be trained and tested on"):
+        run.load_pairs(arguments, "train", None)
 
 
 def test_unknown_key_is_an_error(recipe: dict[str, Any], tmp_path: Path) -> None:
