@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -150,11 +151,13 @@ def recipe_dataclasses(script: Path) -> tuple[type, ...]:
     Raises:
         ValueError: there is no such script, or its ``main`` does not take dataclasses.
     """
-    specification = importlib.util.spec_from_file_location(script.stem, script) if script.is_file() else None
+    # A dataclass that the script defines looks its module up by name.
+    name = f"dina_reward_recipe_{script.stem}"
+    specification = importlib.util.spec_from_file_location(name, script) if script.is_file() else None
     if specification is None or specification.loader is None:
         names = sorted(path.stem for path in script.parent.glob("*.py"))
         raise ValueError(f"there is no recipe {script}; there are: {', '.join(names) or 'none'}")
-    module = importlib.util.module_from_spec(specification)
+    module = sys.modules[name] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     main = getattr(module, "main", None)
     hints = {} if main is None else get_type_hints(main)

@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ class PairSource(Protocol):
 
 
 INDEX_FOLDER = "index"
+_LOADING = Lock()
 _TEXTS = ("prompt", "source", "group", "a_name", "b_name", "broken")
 _NUMBERS = {
     "p_a": pa.float64(), "weight": pa.float64(),
@@ -60,7 +62,9 @@ def side_image(preference: Preference, side: int) -> Image.Image:
             f"the cache encodes images, but side {'ab'[side]} of the pair with prompt {preference.prompt!r} is a "
             f"{type(image).__name__}; latents need no cache, and videos are not supported"
         )
-    image.load()
+    # Pairs may share an image, and Pillow does not load one from several threads. Those of readers are loaded already.
+    with _LOADING:
+        image.load()
     return image
 
 

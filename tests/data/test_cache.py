@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from dina_reward.data import (
@@ -20,11 +23,13 @@ from dina_reward.data import (
     CachedPreferences,
     CacheReport,
     CacheSettings,
+    Preference,
     build_cache,
     collate_preferences,
     load_preferences,
 )
 from dina_reward.data.buckets import Bucket, fit_image
+from dina_reward.data.cache_index import describe_pair
 from dina_reward.families import family_of
 from dina_reward.shapes import load_pipeline
 from tests.data.cache_world import SETTINGS, ImagePairs, make_pairs, shard_bytes
@@ -380,3 +385,14 @@ def test_caches_of_other_versions_are_refused(built: tuple[Path, CacheReport, li
         CachedPreferences(tmp_path)
     with pytest.raises(ValueError, match="holds no latent cache"):
         CachedPreferences(tmp_path / "nowhere")
+
+
+def test_lazy_images_may_be_shared_between_pairs(tmp_path: Path) -> None:
+    noise = torch.randint(256, (256, 256, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / "shared.png")
+    for _ in range(20):
+        image = Image.open(tmp_path / "shared.png")  # not loaded yet
+        shared = [Preference("p", image, image, 1.0, a_name="a", b_name="a") for _ in range(16)]
+        with ThreadPoolExecutor(8) as pool:
+            entries = list(pool.map(partial(describe_pair, shared), range(16)))
+        assert {(entry["broken"], entry["a_width"], entry["b_height"]) for entry in entries} == {("", 256, 256)}
