@@ -46,7 +46,7 @@ def run_demo(output: Path, *, iterations: int, seed: int) -> None:
     print(
         f"\n2. Aligning the generator with the latent reward ({iterations} iterations); nothing is decoded in training."
     )
-    result = align(output, iterations=iterations, seed=seed)
+    result = align(output, iterations=iterations, seed=seed, logging_strategy="no")
     picture = draw(result, output / PICTURE_NAME)
     show_result(result)
     print(f"\nPicture: {picture}\nLoRA for load_lora_weights, history and all evaluation pictures: {output}")

@@ -68,6 +68,9 @@ def _row(variant: Variant, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "accuracy_at_use_level": spread([100 * r["levels"][level]["accuracy"] for r in results]),
         "accuracy_by_level": {key: spread([100 * r["levels"][key]["accuracy"] for r in results]) for key in levels},
         "ece_by_level": {key: spread([r["levels"][key]["ece"] for r in results]) for key in levels},
+        "ece_fitted": None
+        if results[0]["fitted"] is None
+        else {key: spread([r["fitted"]["ece"][key] for r in results]) for key in levels},
         "ensembles": {
             kind: {
                 count: {
@@ -111,6 +114,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         [row["variant"], *(f"{row['accuracy_by_level'][k][0]:.1f} / {row['ece_by_level'][k][0]:.3f}" for k in levels)]
         for row in rows
     ]
+    fitted = [
+        [row["variant"], *(f"{row['ece_fitted'][k][0]:.3f}" for k in levels)] for row in rows if row["ece_fitted"]
+    ]
     by_count = [[row["variant"], *(ensembles(row, count) for count in counts)] for row in rows]
     aligned = [
         [row["variant"], f"{row['use_level']:g}", pm(row["accuracy_at_use_level"])]
@@ -122,6 +128,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         [
             "Accuracy (%) by noise level, mean over seeds; after the slash the expected calibration error.\n",
             _table(["variant", *levels], by_level),
+            "Calibration error with the Thurstone variance fitted to single votes on fresh pairs of training captions.\n",
+            _table(["variant", *levels], fitted),
             "Ensembles around level .4: accuracy of the single level (%), and what an average of scores / attention over "
             "all tokens adds to it (points), ± deviation over seeds; in brackets the calibration error.\n",
             _table(["variant", *(f"K = {count}" for count in counts)], by_count),

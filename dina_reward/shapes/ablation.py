@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from dina_reward.atomic import atomic_file
-from dina_reward.evaluation import PairProtocol, measure_calibration, pairwise_accuracy, score_pairs
-from dina_reward.likelihood import PreferenceModel, ensemble_level
+from dina_reward.evaluation import PairProtocol, fit_variance, measure_calibration, pairwise_accuracy, score_pairs
+from dina_reward.likelihood import PreferenceModel, ThurstoneModel, ensemble_level
 from dina_reward.reward import LatentReward
 from dina_reward.shapes.alignment import align
 from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, SOURCES, PreferencePairs, build_pool, sample_pairs
@@ -68,18 +68,22 @@ ENSEMBLES = {1: (0.4,), 2: (0.3, 0.5), 3: (0.2, 0.4, 0.6), 5: (0.2, 0.3, 0.4, 0.
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 64, 1.5e-3, 0.985
 TRAIN_POOL, TEST_POOL = 1024, 128
 TRAIN_PAIRS, TEST_PAIRS = 80_000, 2_600
+EVALUATION_SEED, FRESH_SEED = 1234, 777
 KINDS = ("render", "ode", "sde")
 """Sources of the latents: renders and samples. Degraded ones, which are told apart without reading the prompt, are left out,
 and so are pairs of negligible gap: a reward that trains this shortly would learn little else."""
-EVALUATION_SEED = 1234
 
 
 def make_pairs(directory: Path) -> None:
-    """Training and held-out pairs, the same for every run."""
+    """Pairs to train on, held-out ones, and fresh ones of training captions for calibration; the same for every run."""
     directory.mkdir(parents=True, exist_ok=True)
-    settings = {"train": (TRAIN_POOL, TRAIN_PAIRS, 0), "held_out": (TEST_POOL, TEST_PAIRS, EVALUATION_SEED)}
-    for split, (pool, pairs, seed) in settings.items():
-        path = directory / f"{split}.safetensors"
+    settings = {
+        "train": ("train", TRAIN_POOL, TRAIN_PAIRS, 0),
+        "held_out": ("held_out", TEST_POOL, TEST_PAIRS, EVALUATION_SEED),
+        "fresh": ("train", TEST_POOL, TEST_PAIRS, FRESH_SEED),
+    }
+    for name, (split, pool, pairs, seed) in settings.items():
+        path = directory / f"{name}.safetensors"
         if not path.is_file():
             made = informative(sample_pairs(build_pool(load_pipeline(), split, pool, seed), split, pairs, seed))
             with atomic_file(path) as staging:
@@ -139,8 +143,10 @@ def run_variant(name: str, seed: int, output: Path, *, steps: int = STEPS, itera
         training_settings={"ema_decay": EMA_DECAY, **variant.training},
     )
     trained = time.perf_counter()
-    held_out = PreferencePairs.load(output / "pairs" / "held_out.safetensors")
-    result: dict[str, Any] = evaluate_variant(reward, list(held_out))
+    held_out, fresh = (
+        PreferencePairs.load(output / "pairs" / f"{name}.safetensors") for name in ("held_out", "fresh")
+    )
+    result: dict[str, Any] = evaluate_variant(reward, list(held_out), SingleVotes(fresh))
     evaluated = time.perf_counter()
     aligned = align(
         directory / "alignment",
@@ -163,8 +169,14 @@ def run_variant(name: str, seed: int, output: Path, *, steps: int = STEPS, itera
         staging.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def evaluate_variant(reward: LatentReward, pairs: Sequence[Any]) -> dict[str, Any]:
-    """Accuracy and calibration of one reward, at every level and of ensembles in both ways, for JSON."""
+def evaluate_variant(reward: LatentReward, pairs: Sequence[Any], fresh: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy and calibration of one reward, at every level and of ensembles in both ways, for JSON.
+
+    Args:
+        reward: the reward.
+        pairs: held-out pairs.
+        fresh: pairs with single votes that a Thurstone variance is fitted to; calibration with it is reported, too.
+    """
     single = score_pairs(reward, pairs, PairProtocol(LEVELS, None), batch_size=256, progress=False)
     labels, margins = single.p_chosen, dict(zip(LEVELS, single.margins.T, strict=True))
     model = reward.preference_model
@@ -178,8 +190,15 @@ def evaluate_variant(reward: LatentReward, pairs: Sequence[Any]) -> dict[str, An
             continue
         scores = score_pairs(reward, pairs, PairProtocol((), levels, "tokens"), batch_size=256, progress=False)
         ensembles["tokens"][str(count)] = _figures(model, scores.margins[:, 0], labels, levels)
+    fitted = None
+    if isinstance(model, ThurstoneModel):
+        votes = score_pairs(reward, fresh, PairProtocol(LEVELS, None), batch_size=256, progress=False)
+        found = fit_variance(votes.margins, LEVELS, votes.p_chosen)
+        errors = {f"{level:g}": _figures(found, margins[level], labels, (level,))["ece"] for level in LEVELS}
+        fitted = {"variance_scale": found.variance_scale, "variance_offset": found.variance_offset, "ece": errors}
     return {
         "pairs": len(pairs),
+        "fitted": fitted,
         "levels": {f"{level:g}": _figures(model, margins[level], labels, (level,)) for level in LEVELS},
         "score_std": {
             f"{level:g}": float(torch.cat([chosen, rejected]).std())

@@ -31,6 +31,7 @@ def result(accuracy: float, gain: float) -> dict[str, Any]:
     tokens = {**figures, "accuracy": accuracy - 0.01, "ece": 0.03}
     return {
         "levels": {f"{level:g}": figures for level in LEVELS},
+        "fitted": {"variance_scale": 4.0, "variance_offset": 0.1, "ece": {f"{level:g}": 0.015 for level in LEVELS}},
         "score_std": {f"{level:g}": 2.0 for level in LEVELS},
         "ensembles": {
             kind: {str(count): figures if count == 1 else values for count in ENSEMBLES}
@@ -56,6 +57,9 @@ def test_table_and_picture(recipe: ModuleType, tmp_path: Path) -> None:
     assert "| noise-calibrated | 0.4 | 85.0 ± 7.1 | +0.8 ± 0.4 | +15.0 ± 7.1 | -10.0 ± 0.0 |" in page
     assert "| clean only | 70.0 ± 0.0 (0.020) | +0.0 ± 0.0 / -1.0 ± 0.0 (0.020 / 0.030) |" in page
     assert "| clean only | 70.0 / 0.020 |" in page
+    assert "| clean only | 0.015 | 0.015 |" in page
+    runs["bradley_terry"] = [{**values, "fitted": None} for values in runs["clean_only"]]
+    assert "| Bradley-Terry | 0.015" not in recipe.markdown(recipe.summary(runs))
     recipe.draw(rows, tmp_path / "ablation.png")
     with Image.open(tmp_path / "ablation.png") as picture:
         assert picture.width > 1000

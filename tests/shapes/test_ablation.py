@@ -40,6 +40,8 @@ def test_one_run_ends_with_all_its_figures(tmp_path: Path, monkeypatch: pytest.M
     assert list(written["levels"]) == [f"{level:g}" for level in ablation.LEVELS]
     assert written["ensembles"]["tokens"]["1"] == written["levels"]["0.4"]
     assert written["pairs"] > 20
+    assert written["fitted"]["variance_offset"] > 0
+    assert list(written["fitted"]["ece"]) == list(written["levels"])
     assert all(value > 0 for value in written["score_std"].values())
     assert 0 <= written["alignment"]["fit"][1] <= 1
     assert len(written["alignment"]["reward"]) == 2
