@@ -82,6 +82,7 @@ class ConfigParser(TrlParser):
     def _take_nulls(self, arguments: Sequence[str]) -> list[str]:
         """Keeps ``--name null`` for later where the field may be None, which argparse has no word for; returns the rest."""
         rest: list[str] = []
+        self._nulls = {}
         for argument in arguments:
             option = rest[-1] if rest else ""
             if argument.startswith("--") and argument.endswith("=null"):

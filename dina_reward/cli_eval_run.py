@@ -66,7 +66,7 @@ class EvalRequest:
 
 
 @dataclass(frozen=True)
-class _Entrant:
+class Entrant:
     """A scorer, and the pipeline that encodes or decodes for it."""
 
     scorer: Scorer
@@ -86,13 +86,17 @@ class _Loader:
         return self.pipelines[model_id]
 
 
-def run_evaluation(request: EvalRequest) -> Comparison:
+def run_evaluation(request: EvalRequest, entrants: Sequence[Entrant] | None = None) -> Comparison:
     """Evaluates everything that was asked for.
+
+    Args:
+        request: what on what.
+        entrants: its rewards where `load_entrants` has loaded them already, for evaluating them on several datasets.
 
     Raises:
         ValueError: nothing to evaluate, or something that cannot be loaded or read.
     """
-    entrants = _load_entrants(request)
+    entrants = load_entrants(request) if entrants is None else entrants
     pipeline = next((entrant.pipeline for entrant in entrants if entrant.pipeline is not None), None)
     opened = open_dataset(request, pipeline)
     ties = request.ties or BENCHMARK_TIES.get(request.schema or opened.schema, "half")
@@ -180,7 +184,12 @@ def shapes_pairs(request: EvalRequest, pipeline: Any | None) -> list[Preference]
     return pairs
 
 
-def _load_entrants(request: EvalRequest) -> list[_Entrant]:
+def load_entrants(request: EvalRequest) -> list[Entrant]:
+    """Loads the rewards that a request names, each with its pipeline.
+
+    Raises:
+        ValueError: it names none, or one that cannot be loaded.
+    """
     if not (request.rewards or request.clip or request.functions):
         raise ValueError("nothing to evaluate: name a checkpoint before the dataset, or use --clip or --function")
     loader, entrants = _Loader(request), []
@@ -200,17 +209,17 @@ def _load_entrants(request: EvalRequest) -> list[_Entrant]:
         model = ClipReward.from_pretrained(
             model_id, request.clip_processor, torch_dtype=getattr(torch, request.dtype), device=device
         )
-        entrants.append(_Entrant(CallableScorer(model, name=next(names), likelihood="bradley_terry"), shared))
+        entrants.append(Entrant(CallableScorer(model, name=next(names), likelihood="bradley_terry"), shared))
     for dotted in request.functions:
-        entrants.append(_Entrant(CallableScorer(_import(dotted), name=next(names), device=device), shared))
+        entrants.append(Entrant(CallableScorer(_import(dotted), name=next(names), device=device), shared))
     return entrants
 
 
-def _latent_entrant(reward: str, loader: _Loader, settings: Sequence[Setting], name: str) -> _Entrant:
+def _latent_entrant(reward: str, loader: _Loader, settings: Sequence[Setting], name: str) -> Entrant:
     directory, model_id = locate_reward(reward, loader.request.pipeline)
     pipeline = loader.pipeline(model_id)
     loaded = LatentReward.from_pretrained(directory, pipeline=pipeline, share_backbone=True)
-    return _Entrant(LatentScorer(loaded, settings, name=name), pipeline)
+    return Entrant(LatentScorer(loaded, settings, name=name), pipeline)
 
 
 def _import(dotted: str) -> Any:

@@ -64,10 +64,10 @@ class BenchmarkArguments:
 
 def main(arguments: BenchmarkArguments) -> None:
     """Evaluates what is missing and writes the table."""
-    from dina_reward.cli_eval_run import EvalRequest, run_evaluation, write_evaluation
+    from dina_reward.cli_eval_run import EvalRequest, load_entrants, run_evaluation, write_evaluation
     from dina_reward.evaluation import benchmark_rows, benchmark_table
 
-    output, comparisons = Path(arguments.output_dir), {}
+    output, comparisons, entrants = Path(arguments.output_dir), {}, None
     for name, place in arguments.places().items():
         request = EvalRequest(
             rewards=arguments.rewards,
@@ -89,7 +89,8 @@ def main(arguments: BenchmarkArguments) -> None:
         if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
             print(f"{name}: {place} -> {output / name}")
             done.unlink(missing_ok=True)
-            write_evaluation(run_evaluation(request), output / name)
+            entrants = entrants or load_entrants(request)
+            write_evaluation(run_evaluation(request, entrants), output / name)
             done.write_text(wanted, encoding="utf-8")
         comparisons[name] = json.loads((output / name / "evaluation.json").read_text(encoding="utf-8"))
     table = benchmark_table(comparisons)

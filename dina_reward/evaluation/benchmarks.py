@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from dina_reward.evaluation.tables import markdown
+from dina_reward.evaluation.tables import markdown, percent
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class BenchmarkRow:
 
     Args:
         reward, setting: names.
-        accuracy: in per cent, by benchmark.
-        interval: 95 % bootstrap interval of each, in per cent; ``None`` where there is none.
-        average: mean of the accuracies, every benchmark counting alike.
+        accuracy: by benchmark, in ``[0, 1]``; ``None`` where no pair counts.
+        interval: 95 % bootstrap interval of each; ``None`` where there is none.
+        average: mean of the accuracies, every benchmark counting alike; ``None`` where one is.
     """
 
     reward: str
     setting: str
-    accuracy: dict[str, float]
+    accuracy: dict[str, float | None]
     interval: dict[str, tuple[float, float] | None]
-    average: float
+    average: float | None
 
 
 def benchmark_rows(comparisons: Mapping[str, Mapping[str, Any]]) -> list[BenchmarkRow]:
@@ -64,12 +64,7 @@ def benchmark_table(comparisons: Mapping[str, Mapping[str, Any]]) -> str:
     """
     names = list(comparisons)
     cells = [
-        [
-            row.reward,
-            row.setting,
-            *(_cell(row.accuracy[name], row.interval[name]) for name in names),
-            f"{row.average:.2f}",
-        ]
+        [row.reward, row.setting, *(_cell(row.accuracy[n], row.interval[n]) for n in names), _cell(row.average)]
         for row in benchmark_rows(comparisons)
     ]
     notes = [
@@ -83,22 +78,14 @@ def benchmark_table(comparisons: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _row(key: tuple[str, str], reports: Mapping[str, Mapping[str, Any]]) -> BenchmarkRow:
-    accuracy = {name: _percent(report["value"]) for name, report in reports.items()}
-    intervals = {name: report["interval"] for name, report in reports.items()}
-    return BenchmarkRow(
-        *key, accuracy, {name: _bounds(pair) for name, pair in intervals.items()}, mean(accuracy.values())
-    )
+    accuracy = {name: report["value"] for name, report in reports.items()}
+    interval = {
+        name: None if None in (report["interval"] or [None]) else tuple(report["interval"])
+        for name, report in reports.items()
+    }
+    average = None if None in accuracy.values() else mean(accuracy.values())
+    return BenchmarkRow(*key, accuracy, interval, average)
 
 
-def _percent(value: float | None) -> float:
-    return float("nan") if value is None else 100 * value
-
-
-def _bounds(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
-    if interval is None or interval[0] is None or interval[1] is None:
-        return None
-    return 100 * interval[0], 100 * interval[1]
-
-
-def _cell(value: float, interval: tuple[float, float] | None) -> str:
-    return f"{value:.2f}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
+def _cell(value: float | None, interval: tuple[float, float] | None = None) -> str:
+    return "-" if value is None else percent(value, interval)

@@ -47,13 +47,17 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
 
-def percent(accuracy: Accuracy) -> str:
-    """``82.13 [81.20, 83.01]``: accuracy and interval in per cent."""
-    text = f"{100 * accuracy.value:.2f}"
-    if accuracy.interval is None or any(math.isnan(bound) for bound in accuracy.interval):
+def percent(value: float, interval: Sequence[float] | None = None) -> str:
+    """``82.13 [81.20, 83.01]``: a share and its interval in per cent."""
+    text = f"{100 * value:.2f}"
+    if interval is None or any(math.isnan(bound) for bound in interval):
         return text
-    low, high = accuracy.interval
+    low, high = interval
     return f"{text} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def _accuracy(accuracy: Accuracy) -> str:
+    return percent(accuracy.value, accuracy.interval)
 
 
 def _settings_table(comparison: Comparison) -> str:
@@ -64,7 +68,9 @@ def _settings_table(comparison: Comparison) -> str:
             numbers = [fit.expected_calibration_error, fit.brier, fit.nll] if fit else [math.nan] * 3
             ties = f"{report.accuracy.predicted_ties}"
             seconds = reward.cost.seconds_per_1000[name]
-            rows.append([reward.name, name, percent(report.accuracy), *map(_decimal, numbers), ties, f"{seconds:.3g}"])
+            rows.append(
+                [reward.name, name, _accuracy(report.accuracy), *map(_decimal, numbers), ties, f"{seconds:.3g}"]
+            )
     columns = ("reward", "noise level", "accuracy % [95 % CI]", "ECE", "Brier", "NLL", "predicted ties", "s / 1,000")
     return markdown(columns, rows)
 
@@ -142,7 +148,7 @@ def _slices_table(rewards: Sequence[ScorerReport], title: str, attribute: str) -
         return ""
     names = sorted(found[0], key=lambda name: -found[0][name].pairs)
     rows = [
-        [name, f"{found[0][name].pairs}", *(percent(group[name]) for group in found)] for name in names[:_MAX_ROWS]
+        [name, f"{found[0][name].pairs}", *(_accuracy(group[name]) for group in found)] for name in names[:_MAX_ROWS]
     ]
     more = f"\n\n{len(names) - _MAX_ROWS} more are in the JSON file." if len(names) > _MAX_ROWS else ""
     return markdown([title, "pairs", *(f"{reward.name} ({reward.headline})" for reward in rewards)], rows) + more

@@ -144,7 +144,7 @@ def run_variant(name: str, seed: int, output: Path, *, steps: int = STEPS, itera
     )
     trained = time.perf_counter()
     held_out, fresh = (
-        PreferencePairs.load(output / "pairs" / f"{name}.safetensors") for name in ("held_out", "fresh")
+        PreferencePairs.load(output / "pairs" / f"{split}.safetensors") for split in ("held_out", "fresh")
     )
     result: dict[str, Any] = evaluate_variant(reward, list(held_out), SingleVotes(fresh))
     evaluated = time.perf_counter()

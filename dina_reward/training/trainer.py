@@ -40,9 +40,9 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
     """Trains a latent reward on preferences (arXiv 2602.11146).
 
     Every pair gets one noise level and one noise tensor, which both of its latents see (unless
-    ``share_noise_within_pair=False``); both sides go through the backbone
-    in one batch, each prompt encoded once. LoRA and head train in float32. Runs on one device, under DDP, under FSDP2 and
-    under DeepSpeed ZeRO 1 and 2; FSDP1 and ZeRO-3 are refused.
+    ``share_noise_within_pair=False``). Both sides go through the backbone in one batch, each prompt encoded once. LoRA and
+    head train in float32. Runs on one device, under DDP, under FSDP2 and under DeepSpeed ZeRO 1 and 2; FSDP1 and ZeRO-3 are
+    refused.
 
     Supported: soft labels and weights per pair, prompts that are encoded already, every level distribution of
     `LevelSampler`, a frozen or 4-bit backbone, moving average of the weights, gradient accumulation and checkpointing, bf16

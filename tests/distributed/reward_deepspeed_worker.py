@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dina_reward.training import LatentRewardTrainer
 from tests.distributed.reward_fsdp_worker import ARGUMENTS, metrics_of
+from tests.tiny_models import tiny_sd3_pipeline
 from tests.training.tiny_reward import tiny_trainer, trained_parameters
 
 
@@ -42,9 +43,9 @@ def start() -> None:
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
-def trainer(directory: Path, **overrides: Any) -> LatentRewardTrainer:
+def trainer(directory: Path, pipeline: Any = None, **overrides: Any) -> LatentRewardTrainer:
     arguments = {**ARGUMENTS, "per_device_train_batch_size": 4, "ddp_backend": "gloo", "use_cpu": False, **overrides}
-    run = tiny_trainer(directory, deepspeed=ZERO_2, **arguments)
+    run = tiny_trainer(directory, pipeline, deepspeed=ZERO_2, **arguments)
     assert run.is_deepspeed_enabled
     assert run.args.world_size == 2
     return run
@@ -55,8 +56,10 @@ def parameters_of(run: LatentRewardTrainer, prefix: str = "") -> dict[str, Tenso
 
 
 def mixed_precision(directory: Path) -> dict[str, Tensor]:
-    """What the backbone is told and computes under bf16, scores, parameters and metrics."""
-    run = trainer(directory, bf16=True, save_strategy="no", max_steps=2)
+    """What a bfloat16 backbone is told and computes under bf16, scores, parameters and metrics."""
+    pipeline = tiny_sd3_pipeline().to(torch.bfloat16)
+    run = trainer(directory, pipeline, bf16=True, save_strategy="no", max_steps=2)
+    assert torch.bfloat16 in {parameter.dtype for parameter in run.reward.model.parameters()}
     backbone = run.reward.model.backbone.get_base_model()
     timesteps: list[Tensor] = []
     computed: list[torch.dtype] = []

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -30,9 +29,9 @@ SECOND = {("pickscore", "score"): 0.6, ("lrm", "0.2+0.5 tokens"): 0.72, ("lrm", 
 def test_rows_keep_their_order_and_average_benchmarks_alike() -> None:
     rows = benchmark_rows({"HPDv2": comparison(FIRST), "HPDv3": comparison(SECOND)})
     assert [(row.reward, row.setting) for row in rows] == list(FIRST)
-    assert rows[0].accuracy == pytest.approx({"HPDv2": 80, "HPDv3": 70})
-    assert rows[0].interval["HPDv3"] == pytest.approx((65, 75))
-    assert [row.average for row in rows] == pytest.approx([75, 77, 65])
+    assert rows[0].accuracy == pytest.approx({"HPDv2": 0.8, "HPDv3": 0.7})
+    assert rows[0].interval["HPDv3"] == pytest.approx((0.65, 0.75))
+    assert [row.average for row in rows] == pytest.approx([0.75, 0.77, 0.65])
 
 
 def test_table_names_benchmarks_and_their_conventions() -> None:
@@ -44,8 +43,11 @@ def test_table_names_benchmarks_and_their_conventions() -> None:
 
 def test_what_has_no_accuracy_has_no_average() -> None:
     (row,) = benchmark_rows({"a": comparison({("r", "s"): None}), "b": comparison({("r", "s"): 0.5})})
-    assert math.isnan(row.average)
-    assert row.interval == {"a": None, "b": pytest.approx((45, 55))}
+    assert row.accuracy == {"a": None, "b": 0.5}
+    assert row.average is None
+    table = benchmark_table({"a": comparison({("r", "s"): None}), "b": comparison({("r", "s"): 0.5})})
+    assert "| r | s | - | 50.00 [45.00, 55.00] | - |" in [" ".join(line.split()) for line in table.splitlines()]
+    assert row.interval == {"a": None, "b": pytest.approx((0.45, 0.55))}
 
 
 def test_bad_input_is_refused() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,6 +20,7 @@ from dina_reward.evaluation import (
     Setting,
     evaluate_scorers,
     evaluation_settings,
+    fit_variance,
     plot_comparison,
     score_dataset,
     score_pairs,
@@ -170,6 +172,26 @@ def test_probabilities_are_the_thurstone_ones(reward: LatentReward) -> None:
     torch.testing.assert_close(scorer.probabilities(margins)[0, :1], expected)
     spread = (2 * (2 * (0.04 + 0.36) / 2 + 0.05) + 1e-6) ** 0.5
     assert float(scorer.probabilities(margins)[0, 1]) == pytest.approx(NormalDist().cdf(0.7 / spread), abs=1e-5)
+
+
+def test_the_variance_that_fits_is_told(reward: LatentReward) -> None:
+    latents = torch.randn(2, 12, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    pairs = [Preference(f"p{i}", latents[0, i], latents[1, i], 0.2 + 0.05 * i) for i in range(12)]
+    settings = (Setting((0.2,)), Setting((0.5,)), Setting((0.5,), 2), Setting((0.2, 0.5)))
+    scored = score_dataset(LatentScorer(reward, settings), pairs, progress=False)
+    margins = scored.table.margins(scored.scores)
+    labels = torch.special.ndtr(margins[:, 0] / margins[:, 0].std())
+    pairs = [replace(pair, p_a=float(label)) for pair, label in zip(pairs, labels, strict=True)]
+    comparison = evaluate_scorers([LatentScorer(reward, settings)], pairs, resamples=10, progress=False)
+    fitted = fit_variance(margins[:, :2], (0.2, 0.5), labels)
+    found = comparison.rewards[0].fitted_variance
+    assert found is not None
+    assert (found.variance_scale, found.variance_offset) == pytest.approx(
+        (fitted.variance_scale, fitted.variance_offset), rel=1e-3, abs=1e-9
+    )
+    assert f"variance_offset {fitted.variance_offset:.3g}" in comparison.table()
+    single = evaluate_scorers([LatentScorer(reward, settings[:1])], pairs, resamples=10, progress=False)
+    assert single.rewards[0].fitted_variance is None
 
 
 def test_images_of_a_ranking_are_scored_once_under_one_noise(reward: LatentReward) -> None:

@@ -54,8 +54,8 @@ def run(root: Path, *more: str) -> list[dict[str, Any]]:
 def test_table_by_hand_and_what_is_kept(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = run(root)
     # HPDv2: no inversion; two of three, since a tie is correct. ImageReward: the tied pair is dropped, the others are right.
-    assert row["accuracy"] == pytest.approx({"HPDv2": 100 * (1 + 1 / 3) / 2, "ImageReward": 100})
-    assert row["average"] == pytest.approx(100 * (2 / 3 + 1) / 2)
+    assert row["accuracy"] == pytest.approx({"HPDv2": (1 + 1 / 3) / 2, "ImageReward": 1})
+    assert row["average"] == pytest.approx((2 / 3 + 1) / 2)
     printed = capsys.readouterr().out
     assert "tie convention 'hpdv2'" in printed
     assert "tie convention 'imagereward'" in printed
