@@ -12,19 +12,19 @@ from dina_reward.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from dina_reward.alignment import DiffusionGRPOConfig, DiffusionGRPOTrainer
-    from dina_reward.checkpoint import CheckpointError, convert_checkpoint
+    from dina_reward.backbones.sharing import SharedBackboneError
+    from dina_reward.checkpoints import CheckpointError, convert_checkpoint
     from dina_reward.evaluation import evaluate_preferences
-    from dina_reward.inputs import NonFiniteError
     from dina_reward.modeling import LatentRewardConfig, LatentRewardModel, default_lora_config, default_reward_config
+    from dina_reward.modeling.inputs import NonFiniteError
+    from dina_reward.modeling.scoring import RewardOutput
     from dina_reward.reward import LatentReward
-    from dina_reward.scoring import RewardOutput
-    from dina_reward.sharing import SharedBackboneError
     from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "checkpoints",
     "DiffusionGRPOConfig": "alignment",
     "DiffusionGRPOTrainer": "alignment",
     "LatentReward": "reward",
@@ -32,10 +32,10 @@ _MODULES = {
     "LatentRewardModel": "modeling",
     "LatentRewardTrainer": "training",
     "LatentRewardTrainingConfig": "training",
-    "NonFiniteError": "inputs",
-    "RewardOutput": "scoring",
-    "SharedBackboneError": "sharing",
-    "convert_checkpoint": "checkpoint",
+    "NonFiniteError": "modeling",
+    "RewardOutput": "modeling",
+    "SharedBackboneError": "backbones",
+    "convert_checkpoint": "checkpoints",
     "default_lora_config": "modeling",
     "default_reward_config": "modeling",
     "evaluate_preferences": "evaluation",

@@ -8,13 +8,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from dina_reward.checkpoints.pretrained import PretrainedReward
 from dina_reward.families import Conditioning
-from dina_reward.inputs import NonFiniteError, check_embeddings, check_latents, expand_prompts
 from dina_reward.likelihood import PreferenceModel, ensemble_level
+from dina_reward.modeling.inputs import NonFiniteError, check_embeddings, check_latents, expand_prompts
+from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, ScoreOptions, score_batch
 from dina_reward.noise import NoisePoint
-from dina_reward.noise_draws import draw_noise
-from dina_reward.pretrained import PretrainedReward
-from dina_reward.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, ScoreOptions, score_batch
+from dina_reward.noise.draws import draw_noise
 
 
 class LatentReward(PretrainedReward):

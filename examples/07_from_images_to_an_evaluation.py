@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 
 from dina_reward.data import BucketRule, CachedPreferences, CacheSettings, build_cache, read_preferences
-from dina_reward.evaluation import CallableScorer, LatentScorer, evaluate_scorers, evaluation_settings, plot_comparison
+from dina_reward.evaluation import (
+    CallableScorer,
+    LatentScorer,
+    comparison_table,
+    evaluate_scorers,
+    evaluation_settings,
+    plot_comparison,
+)
 from dina_reward.shapes import load_pipeline, load_reward, render, sample_scenes
 
 
@@ -51,4 +58,4 @@ settings = evaluation_settings(levels=(0.1, 0.4), ensembles=((0.2, 0.4, 0.6),))
 scorers = [LatentScorer(load_reward(pipeline=pipe), settings, name="shapes"), CallableScorer(colourfulness)]
 comparison = evaluate_scorers(scorers, pairs, pipeline=pipe, ties="half", dataset="rendered pairs", progress=False)
 plot_comparison(comparison, output / "evaluation.png")
-print(comparison.table(), f"\nOne page of plots: {output / 'evaluation.png'}", sep="\n")
+print(comparison_table(comparison), f"\nOne page of plots: {output / 'evaluation.png'}", sep="\n")

@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dina_reward.arguments import parse_command_line
+from dina_reward.recipes.arguments import parse_command_line
 
 
 @dataclass
@@ -64,7 +64,7 @@ class BenchmarkArguments:
 
 def main(arguments: BenchmarkArguments) -> None:
     """Evaluates what is missing and writes the table."""
-    from dina_reward.cli_eval_run import EvalRequest, load_entrants, run_evaluation, write_evaluation
+    from dina_reward.cli.eval_run import EvalRequest, load_entrants, run_evaluation, write_evaluation
     from dina_reward.evaluation import benchmark_rows, benchmark_table
 
     output, comparisons, entrants = Path(arguments.output_dir), {}, None

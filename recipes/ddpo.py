@@ -16,8 +16,8 @@ A run that was killed continues with `--resume_from_checkpoint true`.
 from __future__ import annotations
 
 from dina_reward.alignment import DDPOConfig
-from dina_reward.arguments import parse_command_line
 from dina_reward.recipes import RecipeArguments, align
+from dina_reward.recipes.arguments import parse_command_line
 
 
 def main(arguments: RecipeArguments, config: DDPOConfig) -> None:

@@ -7,10 +7,10 @@ Any field of `TrainRewardArguments` and `LatentRewardTrainingConfig` may stand i
 which wins; an unknown key is an error. A run that was killed continues with `--resume_from_checkpoint true`.
 """
 
-from dina_reward.arguments import parse_command_line
+from dina_reward.recipes.arguments import parse_command_line
+from dina_reward.recipes.reward_training import TrainRewardArguments
+from dina_reward.recipes.reward_training import train_reward as main
 from dina_reward.training import LatentRewardTrainingConfig
-from dina_reward.training.run import TrainRewardArguments
-from dina_reward.training.run import train_reward as main
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Alignment of generators with rewards on their latents."""
+"""Alignment of generators with rewards on their latents: samplers with log-probabilities, experience, objectives, trainers.
+
+No reward is defined or trained here, and training never decodes unless a reward asks for images. Begin at
+`base.AlignmentTrainer`, then `trainer.DiffusionGRPOTrainer`.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ if TYPE_CHECKING:
     from dina_reward.alignment.hacking import RewardHackingCallback
     from dina_reward.alignment.nft import DiffusionNFTConfig, DiffusionNFTTrainer
     from dina_reward.alignment.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-    from dina_reward.alignment.rewards import optional_reward
     from dina_reward.alignment.trainer import DDPOTrainer, DiffusionGRPOTrainer
+    from dina_reward.reward_functions import optional_reward
 
 _MODULES = {
     "AlignmentConfig": "config",

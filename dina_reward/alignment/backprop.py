@@ -20,11 +20,12 @@ from dina_reward.alignment.base import AlignmentTrainer
 from dina_reward.alignment.config import AlignmentConfig, check_choice, check_int, check_real, is_int
 from dina_reward.alignment.objectives import ObjectiveOutput
 from dina_reward.alignment.prompts import PromptDataset
-from dina_reward.alignment.rewards import RewardFunction, callable_name, differentiable_score, takes_images
+from dina_reward.alignment.rewards import differentiable_score
 from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, generator_from
 from dina_reward.families import Conditioning
+from dina_reward.reward_functions import RewardFunction, callable_name, takes_images
 
 
 BackpropMethod = Literal["refl", "draft", "drtune"]

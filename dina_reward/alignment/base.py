@@ -24,8 +24,9 @@ from dina_reward.alignment.objectives import ObjectiveOutput
 from dina_reward.alignment.pictures import log_pictures
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import BatchGeometry, PromptDataset, PromptRollouts
-from dina_reward.alignment.rewards import RewardFunction, RewardSet
+from dina_reward.alignment.rewards import RewardSet
 from dina_reward.alignment.samplers import Sampler
+from dina_reward.reward_functions import RewardFunction
 from dina_reward.training.checkpointing import AtomicCheckpointMixin
 from dina_reward.training.ema import EMACallback
 

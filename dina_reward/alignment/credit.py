@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_reward.alignment.rewards import callable_name
 from dina_reward.alignment.rollout import Rollout
 from dina_reward.alignment.samplers import Sampler
+from dina_reward.reward_functions import callable_name
 
 
 def check_scores_noisy(functions: Sequence[Any]) -> None:

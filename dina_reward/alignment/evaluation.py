@@ -32,21 +32,20 @@ from dina_reward.alignment.hacking import (
 from dina_reward.alignment.pictures import checked_images, picture_grid, save_picture, still_images
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import PromptDataset, prompt_row
-from dina_reward.alignment.rewards import (
-    RewardError,
-    RewardSet,
-    call_reward,
-    check_synchronous,
-    checked_scores,
-    forgive,
-    takes_images,
-    unique_names,
-)
+from dina_reward.alignment.rewards import RewardSet, forgive
 from dina_reward.alignment.rollout import sample
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
 from dina_reward.families import Conditioning
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
+from dina_reward.reward_functions import (
+    RewardError,
+    call_reward,
+    check_synchronous,
+    checked_scores,
+    takes_images,
+    unique_names,
+)
 
 
 HISTORY_NAME = "evaluation_history.jsonl"

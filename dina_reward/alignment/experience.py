@@ -22,7 +22,7 @@ from dina_reward.alignment.rollout import PredictFunction, Rollout, sample
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
 from dina_reward.families import Conditioning
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from dina_reward.alignment.ddim import PredictionType, split_prediction
 from dina_reward.alignment.experience import Experience
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import PromptDataset
-from dina_reward.alignment.rewards import RewardFunction
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, generator_from, noise_by_row
 from dina_reward.noise import LevelSampler, NoisePoint, NoiseProcess, expand_as, is_flow_matching
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
+from dina_reward.reward_functions import RewardFunction
 
 
 ModelPrediction = Literal["velocity", "epsilon", "sample", "v_prediction"]

@@ -18,8 +18,8 @@ from dina_reward.alignment.forward_process import ForwardProcess, ForwardProcess
 from dina_reward.alignment.objectives import ObjectiveOutput
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import PromptDataset
-from dina_reward.alignment.rewards import RewardFunction
 from dina_reward.noise import NoisePoint
+from dina_reward.reward_functions import RewardFunction
 
 
 OLD_POLICY_DIRECTORY = "old_policy"

@@ -15,8 +15,8 @@ from dina_reward.alignment.policy_weights import load_full, load_lora, save_full
 from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.alignment.samplers import Sampler, build_sampler
 from dina_reward.alignment.steps import SDEType
+from dina_reward.backbones.quantization import is_quantized, quantize_blocks
 from dina_reward.families import Conditioning, ModelFamily, family_of
-from dina_reward.quantization import is_quantized, quantize_blocks
 from dina_reward.training.sharding import ExactTimesteps, exchange, local, slice_like, trainable_parameters
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dina_reward.atomic import atomic_directory
+from dina_reward.checkpoints.atomic import atomic_directory
 from dina_reward.training.sharding import assign, is_main_process, whole
 
 

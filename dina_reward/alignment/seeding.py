@@ -8,11 +8,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
 
 
 class Stream(IntEnum):
-    """What a draw is for; it follows the run's seed in `dina_reward.noise_draws.fold_seed`."""
+    """What a draw is for; it follows the run's seed in `dina_reward.noise.draws.fold_seed`."""
 
     INITIAL_LATENTS = 0
     STEP_NOISE = 1

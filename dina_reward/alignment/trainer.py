@@ -17,9 +17,9 @@ from dina_reward.alignment.experience import Experience, RolloutPlan
 from dina_reward.alignment.grpo_config import DDPOConfig, DiffusionGRPOConfig
 from dina_reward.alignment.objectives import ObjectiveOutput, ObjectiveSettings, get_objective, step_kl
 from dina_reward.alignment.prompts import PromptDataset
-from dina_reward.alignment.rewards import RewardFunction
 from dina_reward.alignment.rollout import sde_window, trained_steps
 from dina_reward.alignment.samplers import Sampler
+from dina_reward.reward_functions import RewardFunction
 from dina_reward.training.checkpointing import CheckpointedCallback
 
 

@@ -1,6 +1,7 @@
-"""Preference data: the record, its collator, datasets in memory and on disk, and readers of published datasets.
+"""Preference data: the record, its collator, datasets, readers of published schemas, and the latent cache.
 
-The latent cache loads on first use.
+No reward is known here: images become latents and rows become batches, nothing is scored. Begin at `preference.Preference`
+and `readers.read_preferences`; the cache, `cache.build_cache`, loads on first use.
 """
 
 from typing import TYPE_CHECKING

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dina_reward.atomic import atomic_file
+from dina_reward.checkpoints.atomic import atomic_file
 
 
 STORED_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

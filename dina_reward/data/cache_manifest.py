@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dina_reward.atomic import atomic_file
+from dina_reward.checkpoints.atomic import atomic_file
 from dina_reward.data.arrow_files import STORED_DTYPES
 from dina_reward.data.broken import BrokenRowError
 from dina_reward.data.buckets import BucketRule

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dina_reward.atomic import atomic_directory
+from dina_reward.checkpoints.atomic import atomic_directory
 from dina_reward.data.records import check_columns, collate_preferences
 
 

@@ -1,4 +1,8 @@
-"""How good is a reward: pairwise accuracy by noise level, tie conventions, calibration, slices, cost, pictures."""
+"""How good is a reward: pairwise accuracy by noise level, tie conventions, calibration, slices, cost, pictures.
+
+Nothing here trains, and a scorer is any callable. Begin at `comparison.evaluate_scorers` for several rewards side by
+side, at `report.evaluate_preferences` for one.
+"""
 
 from dina_reward.evaluation.accuracy import (
     BENCHMARK_TIES,
@@ -19,6 +23,7 @@ from dina_reward.evaluation.report import EvaluationReport, evaluate_preferences
 from dina_reward.evaluation.scored_pairs import ScoredPairs, score_dataset
 from dina_reward.evaluation.scorers import CallableScorer, LatentScorer, Scorer
 from dina_reward.evaluation.settings import Setting, evaluation_settings
+from dina_reward.evaluation.tables import comparison_table
 from dina_reward.evaluation.ties import tune_tie_threshold
 from dina_reward.evaluation.variance import calibrate_variance, fit_variance
 
@@ -47,6 +52,7 @@ __all__ = [
     "benchmark_rows",
     "benchmark_table",
     "calibrate_variance",
+    "comparison_table",
     "evaluate_preferences",
     "evaluate_scorers",
     "evaluation_settings",

@@ -125,12 +125,6 @@ class Comparison:
         """Plain dictionary for JSON; what cannot be computed is ``None``."""
         return _plain(asdict(self))
 
-    def table(self) -> str:
-        """Markdown tables, see `dina_reward.evaluation.tables`."""
-        from dina_reward.evaluation.tables import comparison_table
-
-        return comparison_table(self)
-
 
 @dataclass(frozen=True)
 class AnalysisOptions:
@@ -170,7 +164,7 @@ def evaluate_scorers(
     Example:
         >>> scorers = [LatentScorer(reward), CallableScorer(ClipReward.from_pretrained("yuvalkirstain/PickScore_v1"))]
         >>> comparison = evaluate_scorers(scorers, read_preferences("pairs.json"), pipeline=pipe, ties="pickscore")
-        >>> print(comparison.table())
+        >>> print(comparison_table(comparison))
 
     Args:
         scorers: with different names.

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dina_reward.data.records import PreferenceBatch, collate_preferences
 from dina_reward.likelihood import PreferenceModel, ensemble_level
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
 
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from dina_reward.evaluation.cost import Cost, device_name, peak_memory, reset_pe
 from dina_reward.evaluation.pair_table import PairTable, as_preference
 from dina_reward.evaluation.scorers import Scorer
 from dina_reward.families import family_of
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
 
 
 _BATCHES_WAITING = 16

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from dina_reward.alignment.rewards import RewardFunction, call_scorer, callable_name, takes_images
 from dina_reward.evaluation.cost import timed
 from dina_reward.evaluation.settings import Setting, evaluation_settings
 from dina_reward.likelihood import ensemble_level
-from dina_reward.noise_draws import draw_noise
+from dina_reward.noise.draws import draw_noise
+from dina_reward.reward_functions import RewardFunction, call_scorer, callable_name, takes_images
 
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dina_reward.scoring import Ensemble
+from dina_reward.modeling.scoring import Ensemble
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dina_reward.evaluation.accuracy import Accuracy
+from dina_reward.evaluation.comparison import Comparison, ScorerReport
 
-
-if TYPE_CHECKING:
-    from dina_reward.evaluation.comparison import Comparison, ScorerReport
 
 _MAX_ROWS = 15
 

@@ -1,6 +1,7 @@
-"""Model families: one file per kind of generator. Every module in this directory is imported, so a new file is enough.
+"""Model families: one file per kind of generator, with everything that is particular to it and nothing else.
 
-Families of other packages are found by their entry points of the group ``dina_reward.families``; see README.md.
+Every module in this directory is imported, so a new file is enough; families of other packages are found by their entry
+points of the group ``dina_reward.families``. Begin at `base.ModelFamily` and README.md.
 """
 
 import importlib

@@ -12,7 +12,8 @@ Example:
     images = pipeline(prompts, output_type="pt", **settings).images
     print(Oracle()(images, prompts).fit)
 
-Public names load on first use.
+No other package may need this one, apart from recipes and commands; public names load on first use. Begin at
+`shipped.load_pipeline`; `build` is how the weights were made.
 """
 
 from __future__ import annotations

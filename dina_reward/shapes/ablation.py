@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_reward.atomic import atomic_file
+from dina_reward.checkpoints.atomic import atomic_file
 from dina_reward.evaluation import PairProtocol, fit_variance, measure_calibration, pairwise_accuracy, score_pairs
 from dina_reward.likelihood import PreferenceModel, ThurstoneModel, ensemble_level
 from dina_reward.reward import LatentReward

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from dina_reward.atomic import atomic_directory
+from dina_reward.checkpoints.atomic import atomic_directory
 from dina_reward.evaluation import calibrate_variance
 from dina_reward.families import family_of
 

@@ -68,7 +68,7 @@ def evaluate_pipeline(
 
 
 def main() -> None:
-    from dina_reward.shapes import load_pipeline
+    from .shipped import load_pipeline
 
     parser = argparse.ArgumentParser(description="Let the oracle judge the shipped pipeline.")
     parser.add_argument("--world", choices=[world.name for world in WORLDS], default="flow", help="which generator")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
 
 from .autoencoder import LATENT_CHANNELS, LATENT_SIZE, encode_images
 from .prompts import ATTRIBUTES, Scene, all_scenes, sample_scenes

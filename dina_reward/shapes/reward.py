@@ -18,8 +18,8 @@ from dina_reward.evaluation import (
     report_from_scores,
     score_pairs,
 )
-from dina_reward.head import RewardHeadConfig
 from dina_reward.modeling import default_lora_config
+from dina_reward.modeling.heads.config import RewardHeadConfig
 from dina_reward.reward import LatentReward
 from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs, build_pool, sample_pairs
 from dina_reward.shapes.shipped import load_pipeline, load_reward

@@ -1,4 +1,7 @@
-"""Training a latent reward on preferences."""
+"""Training of a latent reward on preferences: trainer, configuration, moving average, sharding, checkpoints that resume.
+
+Generators are not trained here, and data is not read here. Begin at `trainer.LatentRewardTrainer`.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dina_reward.atomic import clean_leftovers, incomplete_name, remove_directory, replace_directory
+from dina_reward.checkpoints.atomic import clean_leftovers, incomplete_name, remove_directory, replace_directory
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.noise import LevelSampler, NoisePoint, NoiseProcess
-from dina_reward.noise_draws import draw_noise, fold_seed
+from dina_reward.noise.draws import draw_noise, fold_seed
 
 
 _LEVEL_STREAM, _NOISE_STREAM, _REJECTED_STREAM = 0, 1, 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from peft import get_peft_model_state_dict
 
-from dina_reward.checkpoint import check_state, read_checkpoint, write_checkpoint
+from dina_reward.checkpoints import check_state, read_checkpoint, write_checkpoint
 from dina_reward.reward import LatentReward
 from dina_reward.training.sharding import assign, whole
 

@@ -19,8 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput, seed_worker
 from dina_reward.data import collate_preferences, preference_rows
 from dina_reward.data.sampler import bucketed_loader
 from dina_reward.evaluation import PairProtocol, score_batch
-from dina_reward.inputs import NonFiniteError
 from dina_reward.likelihood import PreferenceLoss, ThurstoneModel
+from dina_reward.modeling.inputs import NonFiniteError
 from dina_reward.reward import LatentReward
 from dina_reward.training.batching import SequentialBucketSampler, gather_rows, has_buckets, make_batch_sampler
 from dina_reward.training.checkpointing import AtomicCheckpointMixin

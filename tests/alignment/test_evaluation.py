@@ -20,8 +20,9 @@ from dina_reward.alignment.evaluation import (
 )
 from dina_reward.alignment.hacking import SCORES_NAME, PromptScores, RewardHackingCallback, read_lines
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.rewards import RewardError, RewardSet, optional_reward
+from dina_reward.alignment.rewards import RewardSet
 from dina_reward.alignment.samplers import build_sampler
+from dina_reward.reward_functions import RewardError, optional_reward
 from tests.alignment.helpers import PIXELS, PROMPTS, closeness, lora_tensors, tiny_pipeline, tiny_trainer
 
 

@@ -8,15 +8,9 @@ import math
 import pytest
 import torch
 
-from dina_reward.alignment.rewards import (
-    RewardError,
-    RewardSet,
-    accepted_arguments,
-    differentiable_score,
-    optional_reward,
-    unique_names,
-)
+from dina_reward.alignment.rewards import RewardSet, differentiable_score
 from dina_reward.families import Conditioning
+from dina_reward.reward_functions import RewardError, accepted_arguments, optional_reward, unique_names
 
 
 LATENTS = torch.arange(3.0)[:, None, None, None].expand(3, 1, 2, 2)

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from dina_reward import LatentReward, LatentRewardConfig
 from dina_reward.alignment import DDPOConfig, DDPOTrainer, DiffusionGRPOTrainer
 from dina_reward.alignment.policy import LORA_WEIGHTS_NAME
-from dina_reward.alignment.rewards import RewardError
+from dina_reward.reward_functions import RewardError
 from tests.alignment.helpers import (
     LATENT_SHAPE,
     PIXELS,

@@ -33,8 +33,8 @@ from dina_reward.data import (
     build_cache,
     collate_preferences,
 )
-from dina_reward.head import RewardHeadConfig
 from dina_reward.modeling import default_lora_config
+from dina_reward.modeling.heads.config import RewardHeadConfig
 from dina_reward.shapes import load_pipeline, render, sample_prompts
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dina_reward import LatentReward
-from dina_reward.console import reward_path
+from dina_reward.cli.console import reward_path
 
 
 LEVELS = (0.2, 0.4, 0.6)

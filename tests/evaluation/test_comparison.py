@@ -18,6 +18,7 @@ from dina_reward.evaluation import (
     LatentScorer,
     PairProtocol,
     Setting,
+    comparison_table,
     evaluate_scorers,
     evaluation_settings,
     fit_variance,
@@ -28,7 +29,7 @@ from dina_reward.evaluation import (
 from dina_reward.evaluation.comparison import MAX_SLICES, REST
 from dina_reward.evaluation.ties import validation_half
 from dina_reward.likelihood import ThurstoneModel
-from dina_reward.noise_draws import fold_seed
+from dina_reward.noise.draws import fold_seed
 from dina_reward.reward import LatentReward
 from tests.evaluation.scored import first_value, pairs_with_scores, ranking_pairs
 from tests.training.tiny_reward import separable_pairs, tiny_reward
@@ -76,7 +77,7 @@ def test_hpdv2_counts_inversions_of_whole_rankings() -> None:
     # The resamples of two rankings are either of them or both.
     assert result.interval == pytest.approx((1 / 3, 5 / 6))
     assert comparison.rewards[0].cost.samples == 7
-    assert "averaged over 2 rankings" in comparison.table()
+    assert "averaged over 2 rankings" in comparison_table(comparison)
     assert not comparison.notes
 
 
@@ -95,7 +96,7 @@ def test_pickscore_tunes_on_one_half_and_reports_on_the_other() -> None:
     assert (report.accuracy.value, report.accuracy.counted) == (1.0, 20)
     assert report.threshold.value == pytest.approx(0.1)
     assert (report.threshold.origin, report.threshold.validation_pairs) == ("tuned", 20)
-    assert "tuned on 20 other pairs" in comparison.table()
+    assert "tuned on 20 other pairs" in comparison_table(comparison)
     given = compare(pairs_with_scores(rows), ties="pickscore", tie_threshold=0.0).rewards[0].settings["score"]
     assert (given.accuracy.value, given.accuracy.counted) == (0.75, 40)
     assert given.threshold.origin == "given"
@@ -118,7 +119,7 @@ def test_calibration_of_a_callable_is_bradley_terry_or_nothing() -> None:
     assert fit.brier == pytest.approx(sum((1 - each) ** 2 for each in p) / 2, rel=1e-5)
     plain = compare(pairs, scorers=[CallableScorer(first_value)])
     assert plain.rewards[0].settings["score"].calibration is None
-    assert "no probabilities, so no calibration" in plain.table()
+    assert "no probabilities, so no calibration" in comparison_table(plain)
 
 
 def test_slices_distribution_and_paired_difference() -> None:
@@ -189,7 +190,7 @@ def test_the_variance_that_fits_is_told(reward: LatentReward) -> None:
     assert (found.variance_scale, found.variance_offset) == pytest.approx(
         (fitted.variance_scale, fitted.variance_offset), rel=1e-3, abs=1e-9
     )
-    assert f"variance_offset {fitted.variance_offset:.3g}" in comparison.table()
+    assert f"variance_offset {fitted.variance_offset:.3g}" in comparison_table(comparison)
     single = evaluate_scorers([LatentScorer(reward, settings[:1])], pairs, resamples=10, progress=False)
     assert single.rewards[0].fitted_variance is None
 
@@ -241,7 +242,7 @@ def test_report_is_json_table_and_picture(reward: LatentReward, tmp_path: Path) 
     cost = data["rewards"][0]["cost"]
     assert cost["seconds_per_1000"]["0.1 x3"] > 2 * cost["seconds_per_1000"]["0.1"] > 0
     assert cost["peak_memory"] > 1e8
-    table = comparison.table()
+    table = comparison_table(comparison)
     for text in (
         "# toy: 8 pairs, 2 prompts",
         "tie convention 'half'",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dina_reward import LatentRewardConfig
 from dina_reward.families import Conditioning, ModelFamily, get_family
-from dina_reward.head import RewardHeadConfig
+from dina_reward.modeling.heads.config import RewardHeadConfig
 
 
 PROMPTS = ["a cat", "two dogs and a bird"]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dina_reward import LatentReward, LatentRewardConfig, default_lora_config
 from dina_reward.families import Conditioning, family_of, get_family
 from dina_reward.families.stable_diffusion import UNetBackbone
-from dina_reward.head import RewardHeadConfig
 from dina_reward.likelihood import ThurstoneModel
+from dina_reward.modeling.heads.config import RewardHeadConfig
 from tests.tiny_models import tiny_sd_pipeline, tiny_unet
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dina_reward.arguments import ConfigParser
-from dina_reward.recipe_configs import recipe_dataclasses
+from dina_reward.recipes.arguments import ConfigParser
+from dina_reward.recipes.configs import recipe_dataclasses
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "benchmark_rewards.py"

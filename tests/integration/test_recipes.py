@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dina_reward.alignment import DiffusionGRPOConfig
 from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
-from dina_reward.recipe_configs import RecipeConfig, check_config, configs_of, parse_config
+from dina_reward.recipes.configs import RecipeConfig, check_config, configs_of, parse_config
 from dina_reward.shapes.alignment import alignment_config
 
 

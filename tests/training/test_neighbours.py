@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig
 
 from dina_reward import LatentReward, LatentRewardConfig
-from dina_reward.head import RewardHeadConfig
 from dina_reward.likelihood import BradleyTerryModel, ThurstoneModel
+from dina_reward.modeling.heads.config import RewardHeadConfig
 from dina_reward.training import LatentRewardTrainer
 from tests.tiny_models import tiny_sd3_pipeline
 from tests.training.bucketed import embedded_rows
@@ -157,7 +157,7 @@ def bitsandbytes() -> Any:
 
 @pytest.mark.parametrize("quantised", ["copy", "generator"])
 def test_4bit_backbone_trains_and_loads_on_a_dense_one(tmp_path: Path, bitsandbytes: Any, quantised: str) -> None:
-    from dina_reward.quantization import quantize_blocks
+    from dina_reward.backbones.quantization import quantize_blocks
 
     pipeline = tiny_sd3_pipeline()
     if quantised == "generator":

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 
 from dina_reward.data import LatentPreferenceDataset
-from dina_reward.head import RewardHeadConfig
 from dina_reward.modeling import LatentRewardConfig
+from dina_reward.modeling.heads.config import RewardHeadConfig
 from dina_reward.reward import LatentReward
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 from tests.tiny_models import tiny_sd3_pipeline

@@ -1,4 +1,7 @@
-"""The published schemas of preference data, and which one a dataset has."""
+"""The published schemas of preference data, one file per kind, and which one a dataset has.
+
+A schema turns one row into preferences; it opens no file and resolves no path. Begin at `base.Schema`.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,72 @@
+"""Checkpoints of any readable layout: where they are, what is in them, and the way into native form."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dina_reward.checkpoints.native import MODEL_TYPE, NATIVE_FILES, read_native, write_checkpoint
+from dina_reward.checkpoints.parts import CONFIG_FILE, Checkpoint, CheckpointError, read_json
+from dina_reward.checkpoints.published import REFERENCE_ADAPTER_DIRECTORY, REFERENCE_HEAD_FILE, read_published
+from dina_reward.modeling import LatentRewardConfig
+
+
+def resolve_checkpoint(
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Local directory of a checkpoint; a hub id is downloaded.
+
+    Raises:
+        CheckpointError: neither a directory nor a hub repository that can be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                str(path_or_id),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=[*NATIVE_FILES, f"{REFERENCE_ADAPTER_DIRECTORY}/*", str(REFERENCE_HEAD_FILE)],
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"{str(path_or_id)!r} is neither a directory here nor a repository that can be downloaded: {error}"
+        ) from error
+
+
+def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+    """Reads a native or a reference checkpoint, whichever the directory holds.
+
+    Raises:
+        CheckpointError: a part is missing, damaged or unknown.
+    """
+    directory = Path(directory)
+    config = read_json(directory / CONFIG_FILE)
+    if config.get("model_type") == MODEL_TYPE:
+        return read_native(directory, config)
+    if isinstance(config.get("model"), dict) and "reward_head" in config["model"]:
+        return read_published(directory, config["model"])
+    raise CheckpointError(
+        f"{directory / CONFIG_FILE} describes no latent reward: expected model_type {MODEL_TYPE!r} or the published "
+        f"reference layout, found keys {sorted(config)[:8]}"
+    )
+
+
+def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> LatentRewardConfig:
+    """Writes any readable checkpoint in native form and returns its configuration."""
+    checkpoint = read_checkpoint(resolve_checkpoint(source))
+    write_checkpoint(target, checkpoint)
+    return checkpoint.config

@@ -1,0 +1,158 @@
+"""`dina-reward eval`: rewards side by side on a preference dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def evaluate(
+    rewards: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Directories or hub ids of latent rewards; 'shapes' is the one that ships with the package.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET",
+            help="Preferences: a file, directory, latent cache or hub id; 'shapes' makes them on the spot.",
+        ),
+    ],
+    clip: Annotated[
+        list[str] | None, typer.Option(help="CLIP-type pixel reward to compare, e.g. yuvalkirstain/PickScore_v1.")
+    ] = None,
+    clip_processor: Annotated[
+        str | None, typer.Option(help="Processor of the CLIP models. Default: their own.")
+    ] = None,
+    function: Annotated[
+        list[str] | None,
+        typer.Option(help="Dotted name of any function of latents or images and prompts to compare."),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Path or hub id of the diffusers pipeline. Default: the backbone that each checkpoint names."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
+    schema: Annotated[str | None, typer.Option(help="Schema of the dataset. Default: found from its columns.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
+    min_confidence: Annotated[
+        float | None, typer.Option(help="Leave out pairs whose label is less sure than this.")
+    ] = None,
+    max_pairs: Annotated[
+        int | None, typer.Option(min=1, help="Use the first so many pairs. Default: all; 2,000 of 'shapes'.")
+    ] = None,
+    levels: Annotated[
+        str, typer.Option(help="Noise levels, each on its own, separated by commas; 'none' for none.")
+    ] = "0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    ensembles: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Levels of an ensemble, separated by commas; repeat it; 'none' for none.", show_default=False
+        ),
+    ] = None,
+    ensemble_kind: Annotated[
+        str, typer.Option(help="How levels are combined: tokens, mean, or both, separated by a comma.")
+    ] = "tokens",
+    draws: Annotated[str, typer.Option(help="Numbers of noise draws, separated by commas.")] = "1",
+    ties: Annotated[
+        str | None,
+        typer.Option(help="Tie convention: half, imagereward, hpdv2, pickscore, dina_lrm. Default: the benchmark's."),
+    ] = None,
+    tie_threshold: Annotated[
+        float | None,
+        typer.Option(help="Score difference up to which the prediction is a tie. Default: 0; pickscore tunes it."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of noise, sides, resampling and tuning.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or latents per pass.")] = 16,
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of pipeline and backbone: float32, bfloat16, float16.")
+    ] = "float32",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory for evaluation.json, evaluation.md, evaluation.png."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Accuracy with confidence intervals, calibration, slices and cost of rewards, side by side on one dataset.
+
+    Pairwise accuracy at each noise level and for ensembles, under the benchmark's own tie convention.
+    """
+    from dina_reward.cli.eval_run import EvalRequest, run_evaluation, write_evaluation
+    from dina_reward.evaluation import comparison_table
+
+    request = EvalRequest(
+        rewards=list(rewards or ()),
+        dataset=dataset,
+        clip=list(clip or ()),
+        clip_processor=clip_processor,
+        functions=list(function or ()),
+        pipeline=pipeline,
+        split=split,
+        schema=schema,
+        image_root=image_root,
+        min_confidence=min_confidence,
+        max_pairs=max_pairs,
+        levels=_numbers(levels, "--levels"),
+        ensembles=_ensembles(ensembles),
+        kinds=_kinds(ensemble_kind),
+        draws=[_whole(count) for count in _numbers(draws, "--draws")],
+        ties=ties,
+        tie_threshold=tie_threshold,
+        resamples=resamples,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=_dtype(dtype),
+    )
+    comparison = run_evaluation(request)
+    if output is not None:
+        write_evaluation(comparison, output)
+        typer.echo(f"wrote {output}/evaluation.json, .md and .png", err=True)
+    typer.echo(json.dumps(comparison.to_dict(), indent=2) if as_json else comparison_table(comparison))
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    """Numbers separated by commas; ``none`` stands for none."""
+    if text.strip().lower() == "none":
+        return []
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, or 'none'; got {text!r}") from None
+
+
+def _ensembles(values: list[str] | None) -> list[list[float]]:
+    if values is None:
+        return [[0.2, 0.5, 0.7]]
+    return [numbers for value in values if (numbers := _numbers(value, "--ensembles"))]
+
+
+def _kinds(text: str) -> list[Literal["tokens", "mean"]]:
+    kinds = [part.strip() for part in text.split(",")]
+    if not set(kinds) <= {"tokens", "mean"}:
+        raise ValueError(f"--ensemble-kind takes 'tokens', 'mean' or 'tokens,mean'; got {text!r}")
+    return ["tokens" if kind == "tokens" else "mean" for kind in kinds]
+
+
+def _whole(number: float) -> int:
+    if number != int(number) or number < 1:
+        raise ValueError(f"--draws takes whole numbers of at least 1, got {number:g}")
+    return int(number)
+
+
+def _dtype(name: str) -> str:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {name!r}")
+    return name

@@ -1,0 +1,41 @@
+"""The reward network: configuration, backbone with LoRA, heads, encoding of prompts, and scoring of a noisy batch.
+
+Nothing here reads or writes files, or knows where a backbone comes from. Begin at `model.LatentRewardModel`, then
+`scoring.score_batch`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dina_reward.lazy import lazy_exports
+
+
+if TYPE_CHECKING:
+    from dina_reward.modeling.config import LatentRewardConfig, default_lora_config, default_reward_config
+    from dina_reward.modeling.heads.config import RewardHeadConfig
+    from dina_reward.modeling.inputs import NonFiniteError
+    from dina_reward.modeling.model import LatentRewardModel
+    from dina_reward.modeling.scoring import RewardOutput
+
+_MODULES = {
+    "LatentRewardConfig": "config",
+    "LatentRewardModel": "model",
+    "NonFiniteError": "inputs",
+    "RewardHeadConfig": "heads.config",
+    "RewardOutput": "scoring",
+    "default_lora_config": "config",
+    "default_reward_config": "config",
+}
+
+__all__ = [
+    "LatentRewardConfig",
+    "LatentRewardModel",
+    "NonFiniteError",
+    "RewardHeadConfig",
+    "RewardOutput",
+    "default_lora_config",
+    "default_reward_config",
+]
+
+__getattr__, __dir__ = lazy_exports(__name__, _MODULES)

@@ -1,0 +1,139 @@
+"""One batched pass over all levels and noise draws of a batch of clean latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from dina_reward.families import Conditioning
+from dina_reward.modeling.model import LatentRewardModel
+from dina_reward.noise import NoisePoint, NoiseProcess
+
+
+Ensemble = Literal["tokens", "mean"]
+NoiseLevel = float | Sequence[float]
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """What `LatentReward.score` returns; all tensors float32, ``batch`` rows, on the reward's device.
+
+    Args:
+        scores (`Tensor`): shape ``(batch,)``, averaged over noise draws.
+        level_scores (`Tensor`): score at each level on its own, shape ``(batch, levels)``, averaged over noise draws.
+        noise_std (`Tensor`, *optional*): standard deviation of the score over noise draws, shape ``(batch,)``;
+            ``None`` with a single draw.
+        noise_levels (`Tensor`): levels after snapping to the grid, shape ``(levels,)``.
+        timesteps (`Tensor`): their timesteps, shape ``(levels,)``.
+    """
+
+    scores: Tensor
+    level_scores: Tensor
+    noise_std: Tensor | None
+    noise_levels: Tensor
+    timesteps: Tensor
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments of `LatentReward.__call__`, which documents them."""
+
+    prompt_embeds: Tensor | None
+    pooled_prompt_embeds: Tensor | None
+    prompt_embeds_mask: Tensor | None
+    height: int | None
+    width: int | None
+    noise_level: NoiseLevel | None
+    ensemble: Ensemble
+    num_noise_samples: int
+    seed: int | Sequence[int] | Tensor | None
+    generator: torch.Generator | None
+    noise: Tensor | None
+    share_noise: bool
+    normalize: bool
+    batch_size: int | None
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Clean latents with everything that decides their noisy versions.
+
+    Args:
+        latents (`Tensor`): clean latents, shape ``(batch, ...)``.
+        draws (`Tensor`): standard normal noise, shape ``(draws, batch, ...)``.
+        points (`NoisePoint`): grid points of the ensemble, ``levels`` entries.
+        conditioning (`Conditioning`): encoded unique prompts.
+        prompt_index (`Tensor`): prompt of each latent, shape ``(batch,)``.
+    """
+
+    latents: Tensor
+    draws: Tensor
+    points: NoisePoint
+    conditioning: Conditioning
+    prompt_index: Tensor
+
+    def rows(self, rows: slice) -> NoisyBatch:
+        """Part of the batch."""
+        return NoisyBatch(
+            self.latents[rows], self.draws[:, rows], self.points, self.conditioning, self.prompt_index[rows]
+        )
+
+
+def score_batch(
+    model: LatentRewardModel,
+    process: NoiseProcess,
+    batch: NoisyBatch,
+    *,
+    ensemble: Ensemble = "tokens",
+    batch_size: int | None = None,
+    level_scores: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores ``batch_size`` latents per backbone pass, each with all its levels and draws.
+
+    Args:
+        level_scores: also return the score at each level alone; in a token ensemble this takes one more head pass.
+
+    Returns:
+        Scores ``(draws, batch)`` and, if asked for, level scores ``(levels, draws, batch)``.
+
+    Raises:
+        ValueError: unknown ensemble, or a batch size below one.
+    """
+    if ensemble not in ("tokens", "mean"):
+        raise ValueError(f"ensemble must be 'tokens' or 'mean', got {ensemble!r}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    count = len(batch.latents)
+    step = batch_size or count
+    parts = [
+        _score_rows(model, process, batch.rows(slice(start, start + step)), ensemble, level_scores)
+        for start in range(0, count, step)
+    ]
+    scores = torch.cat([part[0] for part in parts], dim=-1)
+    levels = torch.cat([part[1] for part in parts if part[1] is not None], dim=-1) if level_scores else None
+    return scores, levels
+
+
+def _score_rows(
+    model: LatentRewardModel, process: NoiseProcess, batch: NoisyBatch, ensemble: Ensemble, level_scores: bool
+) -> tuple[Tensor, Tensor | None]:
+    levels, (samples, count) = len(batch.points.level), batch.draws.shape[:2]
+    singles = (1,) * (batch.latents.ndim - 1)
+    clean = batch.latents.float().repeat(levels * samples, *singles)
+    noise = batch.draws.flatten(0, 1).repeat(levels, *singles)
+    noisy = process.add_noise(clean, noise, batch.points.level.repeat_interleave(samples * count))
+    features = model.features(
+        noisy,
+        batch.points.timestep.repeat_interleave(samples * count),
+        batch.conditioning,
+        batch.prompt_index.repeat(levels * samples),
+    )
+    at_once = levels > 1 and ensemble == "tokens"
+    each = model.head(features).view(levels, samples, count) if level_scores or not at_once else None
+    if at_once:
+        return model.head(features, num_levels=levels).view(samples, count), each
+    assert each is not None
+    return each.mean(dim=0), each

@@ -1,0 +1,172 @@
+"""Command lines and YAML files turned into dataclasses, with errors that name the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from trl import TrlParser
+
+from dina_reward.recipes.quiet import hide_notes_of_optional_kernels
+
+
+_SCALARS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), dict: (dict,)}
+
+
+class ConfigParser(TrlParser):
+    """`trl.TrlParser` that checks the keys and the types of a YAML file too, and says in one line what is wrong.
+
+    The dataclasses are filled from ``--config file.yaml`` and from the command line, which wins. One number stands for a
+    list of one, and ``--name null`` for no value where a field may have none. Every fault is a `ValueError`: a key or option
+    that no dataclass has (with the nearest one that exists), a value of the wrong type, a missing required field, and what
+    the dataclasses themselves refuse.
+
+    Args:
+        dataclass_types: the dataclasses to fill.
+
+    Example:
+        >>> arguments, config = ConfigParser((RecipeArguments, DDPOConfig)).parse_args_and_config()
+    """
+
+    def __init__(self, dataclass_types: Iterable[type]) -> None:
+        types = tuple(dataclass_types)
+        self.field_types = {name: hint for cls in types for name, hint in field_types(cls).items()}
+        self._nulls: dict[str, None] = {}
+        super().__init__(types)  # type: ignore[arg-type]
+
+    def parse_args_and_config(  # type: ignore[override]
+        self, args: Iterable[str] | None = None, **options: Any
+    ) -> tuple[Any, ...]:
+        """Parses a command line (that of the process by default); see `trl.TrlParser.parse_args_and_config`."""
+        arguments = _split_config(sys.argv[1:] if args is None else args)
+        self._check_options(arguments)
+        arguments = self._take_nulls(arguments)
+        if "--config" not in arguments:
+            super().set_defaults_with_config(**self._nulls)
+            return super().parse_args_and_config(arguments, **options)
+        path = Path(*arguments[arguments.index("--config") + 1 :][:1])
+        if not path.is_file():
+            raise ValueError(f"--config must name a YAML file, but there is no file {str(path)!r}")
+        try:
+            return super().parse_args_and_config(arguments, **options)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """Takes over the values of a YAML file once names and types are right."""
+        for name in values:
+            if name not in self.field_types:
+                raise ValueError(f"unknown key {name!r} in the configuration{self._suggestion(name)}")
+        checked = {name: checked_value(name, value, self.field_types[name]) for name, value in values.items()}
+        return super().set_defaults_with_config(**{**checked, **self._nulls})
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse would print below a page of usage."""
+        raise ValueError(message)
+
+    def _check_options(self, arguments: Sequence[str]) -> None:
+        known = {"config", "help", *self.field_types, *(f"no_{name}" for name in self.field_types)}
+        for argument in arguments:
+            name = argument.removeprefix("--").split("=")[0].replace("-", "_")
+            # argparse accepts unambiguous beginnings of a name.
+            if argument.startswith("--") and not any(option.startswith(name) for option in known):
+                raise ValueError(f"unknown option {argument.split('=')[0]}{self._suggestion(name, '--')}")
+
+    def _take_nulls(self, arguments: Sequence[str]) -> list[str]:
+        """Keeps ``--name null`` for later where the field may be None, which argparse has no word for; returns the rest."""
+        rest: list[str] = []
+        self._nulls = {}
+        for argument in arguments:
+            option = rest[-1] if rest else ""
+            if argument.startswith("--") and argument.endswith("=null"):
+                rest.append(argument.removesuffix("=null"))
+                option, argument = rest[-1], "null"
+            name = option.removeprefix("--").replace("-", "_")
+            if argument == "null" and option.startswith("--") and _fits(None, self.field_types.get(name, str)):
+                rest.pop()
+                self._nulls[name] = None
+            else:
+                rest.append(argument)
+        return rest
+
+    def _suggestion(self, name: str, prefix: str = "") -> str:
+        return did_you_mean(name, self.field_types, prefix)
+
+
+def parse_command_line(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Dataclasses for a script's ``main``, filled by `ConfigParser`; faults end the process in one line, with code 2."""
+    hide_notes_of_optional_kernels()
+    try:
+        return ConfigParser(dataclass_types).parse_args_and_config(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """``"; did you mean ...?"`` with the nearest candidate, or nothing if none is near."""
+    nearest = difflib.get_close_matches(name.replace("-", "_"), list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
+
+
+def field_types(dataclass_type: type) -> dict[str, Any]:
+    """Types, resolved, of the fields that a dataclass's constructor takes."""
+    hints = get_type_hints(dataclass_type)
+    return {f.name: hints[f.name] for f in fields(dataclass_type) if f.init}
+
+
+def checked_value(name: str, value: Any, hint: Any) -> Any:
+    """A YAML value for a field of this type.
+
+    Strings pass where anything else is expected, since the parser converts them (YAML reads ``1e-4`` as a string); a scalar
+    becomes a list of one where only a list fits.
+
+    Raises:
+        ValueError: the value does not fit.
+    """
+    if _fits(value, hint) or (isinstance(value, str) and not _takes_only_lists(hint)):
+        return value
+    if not isinstance(value, (list, dict)) and _fits([value], hint):
+        return [value]
+    expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    # YAML 1.1 reads unquoted yes, no, on and off as booleans.
+    advice = "; quote it to make it a string" if isinstance(value, (bool, int, float)) and _fits("", hint) else ""
+    raise ValueError(f"{name} must be {expected}, got {value!r} in the configuration{advice}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list or hint is list:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if arguments)
+    if hint is NoneType:
+        return value is None
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, hint)
+    scalar = dict if origin is dict else hint
+    if scalar not in _SCALARS:
+        return True
+    return isinstance(value, _SCALARS[scalar]) and (isinstance(value, bool) == (scalar is bool))
+
+
+def _takes_only_lists(hint: Any) -> bool:
+    scalars: tuple[Any, ...] = ("", 0, 0.5, False, {})
+    return not any(_fits(value, hint) for value in scalars)
+
+
+def _split_config(args: Iterable[str]) -> list[str]:
+    """``--config=file`` in two parts, which is the only form that `TrlParser` knows."""
+    parts: list[str] = []
+    for argument in args:
+        parts += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    return parts

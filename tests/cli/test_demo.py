@@ -1,0 +1,36 @@
+"""`dina-reward demo`: a table, a picture, and training that never decodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from dina_reward.alignment.evaluation import read_history
+from dina_reward.cli.app import app
+
+
+def test_demo_writes_and_names_its_picture(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--iterations", "1"])
+    assert result.exit_code == 0, result.output
+    assert "latent reward (trained on)" in result.output
+    assert str(tmp_path / "demo.png") in result.output.replace("\n", "")
+    assert Image.open(tmp_path / "demo.png").size == (1500, 620)
+    history = read_history(tmp_path / "evaluation_history.jsonl")
+    assert [record.step for record in history] == [0, 2]
+    assert {"reward", "fit", "cleanness", "hacking_alarm"} == set(history[0].metrics)
+
+
+def test_shipped_alignment_never_decodes_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import AutoencoderKL
+
+    from dina_reward.shapes.alignment import align
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("decoded in training")
+
+    monkeypatch.setattr(AutoencoderKL, "decode", forbidden)
+    align(tmp_path, iterations=1, eval_strategy="no", eval_on_start=False, per_device_train_batch_size=24)

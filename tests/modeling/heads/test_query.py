@@ -1,0 +1,108 @@
+"""RewardHead: invariances, gates, ensembles, precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dina_reward.families import FeatureSizes, TapFeatures
+from dina_reward.modeling.heads.base import LogisticSquash
+from dina_reward.modeling.heads.config import RewardHeadConfig
+from dina_reward.modeling.heads.query import LayerAdapter, RewardHead
+
+
+SIZES = FeatureSizes(hidden=32, temb=24)
+
+
+def make_head(**overrides: object) -> RewardHead:
+    torch.manual_seed(0)
+    return RewardHead(RewardHeadConfig(**overrides), SIZES, num_visual_taps=2, num_text_taps=2).eval()  # type: ignore[arg-type]
+
+
+def make_features(rows: int = 4, dtype: torch.dtype = torch.float32) -> TapFeatures:
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(count: int) -> list[torch.Tensor]:
+        return [torch.randn(rows, count, 32, generator=generator).to(dtype) for _ in range(2)]
+
+    return TapFeatures(visual=tokens(6), text=tokens(5), temb=torch.randn(rows, 24, generator=generator).to(dtype))
+
+
+def test_scores_are_float32_vectors_whatever_the_features() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = make_head()(make_features(dtype=dtype))
+        assert scores.shape == (4,)
+        assert scores.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = make_head()(make_features())
+    assert scores.dtype == torch.float32
+    assert len(set(scores.tolist())) == 4
+
+
+def test_token_order_does_not_matter() -> None:
+    head, features = make_head(), make_features()
+    permuted = TapFeatures([v.flip(1) for v in features.visual], [t.roll(2, 1) for t in features.text], features.temb)
+    torch.testing.assert_close(head(features), head(permuted))
+
+
+def test_film_is_inert_and_gates_are_one_half_at_initialisation() -> None:
+    adapter = LayerAdapter(32, 24, 32, project_inputs=False)
+    tokens, temb = torch.randn(2, 3, 32), torch.randn(2, 24)
+    torch.testing.assert_close(adapter(tokens, temb), adapter(tokens, torch.zeros_like(temb)))
+    gate = make_head().attn1.gate_vis
+    assert gate is not None
+    torch.testing.assert_close(torch.sigmoid(gate(tokens)), torch.full((2, 3, 1), 0.5))
+
+
+def test_token_ensemble_of_equal_levels_equals_one_level() -> None:
+    head, features = make_head(), make_features()
+    doubled = TapFeatures(
+        [torch.cat([v, v]) for v in features.visual],
+        [torch.cat([t, t]) for t in features.text],
+        torch.cat([features.temb] * 2),
+    )
+    torch.testing.assert_close(head(doubled, num_levels=2), head(features))
+
+
+def test_ensemble_rows_stay_with_their_image() -> None:
+    head, features = make_head(), make_features(rows=6)  # 2 levels x 3 images, level-major
+    scores = head(features, num_levels=2)
+    rows = torch.tensor([1, 4])
+    alone = TapFeatures([v[rows] for v in features.visual], [t[rows] for t in features.text], features.temb[rows])
+    torch.testing.assert_close(scores[1:2], head(alone, num_levels=2))
+
+
+def test_without_text_there_are_no_text_weights() -> None:
+    head = make_head(use_text_features=False)
+    assert not [name for name in head.state_dict() if "text" in name]
+    features = make_features()
+    other = TapFeatures(features.visual, [t + 1 for t in features.text], features.temb)
+    torch.testing.assert_close(head(features), head(other))
+
+
+def test_squash_bounds_scores() -> None:
+    squash = LogisticSquash()
+    torch.testing.assert_close(squash(torch.tensor([0.0, 1e4, -1e4])), torch.tensor([0.0, 2.0, -2.0]))
+    expected = 4 / (1 + torch.exp(-torch.tensor(0.1) / (0.15 + 1e-6))) - 2
+    torch.testing.assert_close(squash(torch.tensor(0.1)), expected)
+    assert "squash.center" in make_head(squash=True).state_dict()
+
+
+def test_other_width_projects_the_inputs() -> None:
+    head = make_head(width=16)
+    assert head.layer_adapters_visual[0].proj_in.weight.shape == (16, 32)
+    assert head(make_features()).shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"width": 30}, "divisible by 4"),
+        ({"num_queries": 0}, "must be positive"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
+        ({"num_attention_heads": 5}, "divisible by 4 and by num_attention_heads"),
+    ],
+)
+def test_impossible_shapes_are_refused(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_head(**overrides)

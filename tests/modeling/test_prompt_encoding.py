@@ -1,0 +1,117 @@
+"""PromptEncoder: unique prompts, bounded cache, clear errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from dina_reward.families import Conditioning, get_family
+from dina_reward.modeling.prompt_encoding import PromptEncoder
+
+
+class CountingFamily:
+    """Encodes a prompt as its length and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+
+    def encode_prompts(self, pipeline: Any, prompts: Sequence[str], **_: Any) -> Conditioning:
+        self.calls.append(list(prompts))
+        lengths = torch.tensor([[[float(len(prompt))]] for prompt in prompts])
+        return Conditioning(lengths, lengths[:, 0])
+
+
+def make(**kwargs: Any) -> tuple[PromptEncoder, CountingFamily]:
+    family = CountingFamily()
+    return PromptEncoder(family, object(), **kwargs), family  # type: ignore[arg-type]
+
+
+def test_unique_prompts_are_encoded_once_in_one_call() -> None:
+    encoder, family = make()
+    conditioning, index = encoder(["aa", "b", "aa", "ccc"])
+    assert family.calls == [["aa", "b", "ccc"]]
+    assert conditioning.prompt_embeds.flatten().tolist() == [2, 1, 3]
+    assert index.tolist() == [0, 1, 0, 2]
+    encoder(["b", "dddd"])
+    assert family.calls[1:] == [["dddd"]]
+
+
+def test_cache_is_bounded_and_least_recently_used_goes_first() -> None:
+    encoder, family = make(cache_size=2)
+    encoder(["a", "b"])
+    encoder(["a"])
+    encoder(["c"])  # b goes
+    encoder(["a", "c"])
+    encoder(["b"])
+    assert family.calls == [["a", "b"], ["c"], ["b"]]
+
+
+def test_cache_can_be_off_and_cleared() -> None:
+    encoder, family = make(cache_size=0)
+    encoder(["a"])
+    encoder(["a"])
+    assert len(family.calls) == 2
+    encoder, family = make()
+    encoder(["a"])
+    encoder.clear()
+    encoder(["a"])
+    assert len(family.calls) == 2
+
+
+def test_batches_are_bounded() -> None:
+    encoder, family = make(batch_size=2)
+    encoder(["a", "bb", "ccc", "dddd", "eeeee"])
+    assert [len(call) for call in family.calls] == [2, 2, 1]
+
+
+def test_real_pipeline_gets_the_limit(sd3_pipeline: Any) -> None:
+    encoder = PromptEncoder(get_family("sd3"), sd3_pipeline, max_sequence_length=24)
+    conditioning, _ = encoder(["a cat", "a dog"])
+    assert conditioning.prompt_embeds.shape == (2, 77 + 24, 64)
+    expected = sd3_pipeline.encode_prompt(
+        "a dog", None, None, max_sequence_length=24, do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(conditioning.prompt_embeds[1:], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(conditioning.pooled_prompt_embeds[1:], expected[2], rtol=1e-4, atol=1e-5)  # type: ignore[index]
+
+
+def test_errors() -> None:
+    encoder, _ = make()
+    with pytest.raises(ValueError, match="list of strings"):
+        encoder("a cat")
+    with pytest.raises(ValueError, match="list of strings"):
+        encoder(["a", 3])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="no text encoders"):
+        PromptEncoder(get_family("sd3"), None)(["a"])
+    with pytest.raises(ValueError, match="cache_size=0"):
+        make(cache_size=-1)
+
+
+def test_given_prompts_are_not_encoded() -> None:
+    encoder, family = make()
+    known = Conditioning(torch.tensor([[[10.0]], [[20.0]], [[99.0]]]), torch.tensor([[1.0], [2.0], [9.0]]))
+    with encoder.given(["aa", "b", "aa"], known):
+        conditioning, index = encoder(["b", "ccc", "aa", "b"])
+    assert family.calls == [["ccc"]]
+    assert conditioning.prompt_embeds[index].flatten().tolist() == [20.0, 3.0, 10.0, 20.0]
+    assert conditioning.pooled_prompt_embeds is not None
+    assert conditioning.pooled_prompt_embeds[index].flatten().tolist() == [2.0, 3.0, 1.0, 2.0]
+    encoder(["aa"])  # forgotten outside the context, and never cached
+    assert family.calls == [["ccc"], ["aa"]]
+
+
+def test_given_padding_is_cut_off_and_no_pipeline_is_needed() -> None:
+    encoder = PromptEncoder(CountingFamily(), None)  # type: ignore[arg-type]
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    known = Conditioning(torch.arange(6.0).reshape(2, 3, 1), prompt_embeds_mask=mask)
+    with encoder.given(["short", "long"], known):
+        conditioning, _ = encoder(["short"])
+        assert conditioning.prompt_embeds.tolist() == [[[0.0]]]
+        assert encoder(["long", "short"])[0].prompt_embeds.shape == (2, 2, 1)
+        with pytest.raises(ValueError, match="no text encoders"):
+            encoder(["other"])
+    with encoder.given(["short"], None), pytest.raises(ValueError, match="no text encoders"):
+        encoder(["short"])
