@@ -1,9 +1,15 @@
-"""`LatentReward`: the object that scores latents."""
+"""`LatentReward`: the object that scores latents.
+
+Each formula is one step from here: noise in `dina_reward.noise.processes`, the pass over levels and draws in
+`dina_reward.modeling.scoring`, the network in `dina_reward.modeling.model` with the head in
+`dina_reward.modeling.heads.query`, from scores to preferences in `dina_reward.likelihood`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +18,25 @@ from dina_reward.checkpoints.pretrained import PretrainedReward
 from dina_reward.families import Conditioning
 from dina_reward.likelihood import PreferenceModel, ensemble_level
 from dina_reward.modeling.inputs import NonFiniteError, check_embeddings, check_latents, expand_prompts
-from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, ScoreOptions, score_batch
+from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
 from dina_reward.noise import NoisePoint
-from dina_reward.noise.draws import draw_noise
+from dina_reward.noise.draws import draw_noise, row_seeds
+
+
+Options = ParamSpec("Options")
+Result = TypeVar("Result")
+
+
+def _options_of(
+    source: Callable[Concatenate[Any, Options], Any],
+) -> Callable[[Callable[..., Result]], Callable[Concatenate[Any, Options], Result]]:
+    """Gives a method the parameters of another one, as type checkers, editors and `inspect.signature` see them."""
+
+    def with_signature(method: Any) -> Any:
+        method.__signature__ = inspect.signature(source).replace(return_annotation=method.__annotations__["return"])
+        return method
+
+    return with_signature
 
 
 class LatentReward(PretrainedReward):
@@ -34,8 +56,7 @@ class LatentReward(PretrainedReward):
         """Conditioning of the unique prompts and, for each prompt, its position there, shape ``(len(prompts),)``."""
         return self.prompt_encoder(prompts, self.device)
 
-    @torch.no_grad()
-    def __call__(
+    def score(
         self,
         latents: Tensor,
         prompts: str | Sequence[str] | None = None,
@@ -54,8 +75,8 @@ class LatentReward(PretrainedReward):
         share_noise: bool = False,
         normalize: bool = False,
         batch_size: int | None = None,
-    ) -> Tensor:
-        """Scores clean latents without gradient.
+    ) -> RewardOutput:
+        """Scores clean latents, differentiable with respect to them.
 
         Args:
             latents: clean latents as the pipeline returns them for ``output_type="latent"``, shape ``(batch, ...)``,
@@ -75,39 +96,46 @@ class LatentReward(PretrainedReward):
             batch_size: latents per backbone pass; does not change results.
 
         Returns:
-            `Tensor`: shape ``(batch,)``, float32.
+            `RewardOutput`: scores, scores of each level on its own, and their spread over noise draws; float32.
 
         Raises:
             ValueError: latents, prompts or noise do not fit; the message says what was expected.
             NonFiniteError: (a `ValueError`) latents or scores are not finite.
         """
-        return self._evaluate(
+        if noise is not None and noise.ndim >= latents.ndim:
+            noise = self._spatial_noise(noise, latents, height, width)
+        latents = self._spatial(latents, height, width)
+        given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
+        conditioning, prompt_index = self._conditioning(len(latents), prompts, given)
+        draws = draw_noise(
             latents,
-            prompts,
-            level_scores=False,
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            prompt_embeds_mask=prompt_embeds_mask,
-            height=height,
-            width=width,
-            noise_level=noise_level,
-            ensemble=ensemble,
-            num_noise_samples=num_noise_samples,
+            num_samples=num_noise_samples,
             seed=seed,
             generator=generator,
             noise=noise,
             share_noise=share_noise,
-            normalize=normalize,
-            batch_size=batch_size,
-        )[0]
+        )
+        points = self._points(noise_level)
+        batch = NoisyBatch(latents, draws, points, conditioning, prompt_index)
+        scores, levels = score_batch(self.model, self.noise_process, batch, ensemble=ensemble, batch_size=batch_size)
+        scores = self._finish(scores, normalize)
+        return RewardOutput(
+            scores=scores.mean(dim=0),
+            level_scores=self._affine(levels, normalize).mean(dim=1).T,
+            noise_std=scores.std(dim=0) if num_noise_samples > 1 else None,
+            noise_levels=points.level.to(self.device),
+            timesteps=points.timestep.to(self.device),
+        )
 
-    def score(
-        self, latents: Tensor, prompts: str | Sequence[str] | None = None, **options: Unpack[ScoreOptions]
-    ) -> RewardOutput:
-        """Scores clean latents, differentiable with respect to them; options and errors as for `__call__`."""
-        _, output = self._evaluate(latents, prompts, level_scores=True, **options)
-        assert output is not None
-        return output
+    @torch.no_grad()
+    @_options_of(score)
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        """Scores clean latents without gradient: the ``scores`` of `score`, which has the arguments and errors.
+
+        Returns:
+            `Tensor`: shape ``(batch,)``, float32.
+        """
+        return self.score(*args, **options).scores
 
     def score_noisy(
         self,
@@ -131,7 +159,7 @@ class LatentReward(PretrainedReward):
             noise_level: level they carry, one for all or one per row; or
             timesteps: the scheduler's timesteps instead.
 
-        Other arguments and errors as for `__call__`.
+        Other arguments and errors as for `score`.
 
         Returns:
             `Tensor`: shape ``(batch,)``, float32.
@@ -163,13 +191,9 @@ class LatentReward(PretrainedReward):
 
     @torch.no_grad()
     def preference(
-        self,
-        latents_a: Tensor,
-        latents_b: Tensor,
-        prompts: str | Sequence[str] | None = None,
-        **options: Unpack[ScoreOptions],
+        self, latents_a: Tensor, latents_b: Tensor, prompts: str | Sequence[str] | None = None, **options: Any
     ) -> Tensor:
-        """Probability that ``a`` is preferred over ``b`` under the reward's likelihood.
+        """Probability that ``a`` is preferred over ``b`` under the reward's likelihood; both are scored in one pass.
 
         Noise-calibrated Thurstone (arXiv 2602.11146): ``Phi((s_a - s_b) / sqrt(2 (k sigma^2 + c) + 1e-6))``, for an
         ensemble with the variance averaged over its levels. Bradley-Terry: ``sigmoid(s_a - s_b)``. Both sides see the same
@@ -177,7 +201,8 @@ class LatentReward(PretrainedReward):
 
         Args:
             latents_a, latents_b: clean latents, shape ``(batch, ...)``.
-            options: as for `__call__`, except ``generator`` and ``normalize``.
+            prompts: one prompt per pair, or one for all.
+            options: as for `score`, except ``generator`` and ``normalize``; rows are pairs.
 
         Returns:
             `Tensor`: shape ``(batch,)``, float32.
@@ -189,9 +214,12 @@ class LatentReward(PretrainedReward):
             raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
         if options.get("seed") is None and options.get("noise") is None:
             options["seed"] = int(torch.randint(2**62, (1,)))
-        scores_a, scores_b = self(latents_a, prompts, **options), self(latents_b, prompts, **options)
-        points = self._points(options.get("noise_level"))
-        return self.preference_model.probability(scores_a, scores_b, ensemble_level(points.level).to(self.device))
+        options = {name: _of_both_sides(name, value, latents_a, options) for name, value in options.items()}
+        if prompts is not None:
+            prompts = 2 * expand_prompts(prompts, len(latents_a))
+        scores_a, scores_b = self(torch.cat([latents_a, latents_b]), prompts, **options).chunk(2)
+        level = ensemble_level(self._points(options.get("noise_level")).level)
+        return self.preference_model.probability(scores_a, scores_b, level.to(self.device))
 
     @property
     def preference_model(self) -> PreferenceModel:
@@ -228,60 +256,6 @@ class LatentReward(PretrainedReward):
         rows = torch.arange(batch) if len(given) == batch else torch.zeros(batch, dtype=torch.long)
         return given, rows
 
-    def _evaluate(
-        self,
-        latents: Tensor,
-        prompts: str | Sequence[str] | None,
-        *,
-        level_scores: bool,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        prompt_embeds_mask: Tensor | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        noise_level: NoiseLevel | None = None,
-        ensemble: Ensemble = "tokens",
-        num_noise_samples: int = 1,
-        seed: int | Sequence[int] | Tensor | None = None,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        share_noise: bool = False,
-        normalize: bool = False,
-        batch_size: int | None = None,
-    ) -> tuple[Tensor, RewardOutput | None]:
-        if noise is not None and noise.ndim >= latents.ndim:
-            noise = self._spatial_noise(noise, latents, height, width)
-        latents = self._spatial(latents, height, width)
-        given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
-        conditioning, prompt_index = self._conditioning(len(latents), prompts, given)
-        draws = draw_noise(
-            latents,
-            num_samples=num_noise_samples,
-            seed=seed,
-            generator=generator,
-            noise=noise,
-            share_noise=share_noise,
-        )
-        points = self._points(noise_level)
-        scores, levels = score_batch(
-            self.model,
-            self.noise_process,
-            NoisyBatch(latents, draws, points, conditioning, prompt_index),
-            ensemble=ensemble,
-            batch_size=batch_size,
-            level_scores=level_scores,
-        )
-        scores = self._finish(scores, normalize)
-        if levels is None:
-            return scores.mean(dim=0), None
-        return scores.mean(dim=0), RewardOutput(
-            scores=scores.mean(dim=0),
-            level_scores=self._affine(levels, normalize).mean(dim=1).T,
-            noise_std=scores.std(dim=0) if num_noise_samples > 1 else None,
-            noise_levels=points.level.to(self.device),
-            timesteps=points.timestep.to(self.device),
-        )
-
     def _points(self, noise_level: NoiseLevel | None) -> NoisePoint:
         return self.noise_process.snap(self.config.noise_level if noise_level is None else noise_level)
 
@@ -301,3 +275,17 @@ def _given_conditioning(embeds: Tensor | None, pooled: Tensor | None, mask: Tens
     if embeds is None:
         return None
     return Conditioning(embeds, pooled, None if mask is None else mask.bool())
+
+
+def _of_both_sides(name: str, value: Any, side: Tensor, options: Mapping[str, Any]) -> Any:
+    """An option of `score` for one side's latents, repeated for both; what all rows have in common stays as it is."""
+    if name == "seed" and value is not None and not options.get("share_noise"):
+        return 2 * row_seeds(value, len(side))
+    if name not in ("noise", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask") or value is None:
+        return value
+    dim = value.ndim - side.ndim if name == "noise" and value.ndim > side.ndim else 0
+    if value.shape[dim] not in (1, len(side)):
+        raise ValueError(
+            f"{name} has {value.shape[dim]} rows for {len(side)} pairs; give one row per pair, or one for all"
+        )
+    return value if value.shape[dim] == 1 else torch.cat([value, value], dim=dim)

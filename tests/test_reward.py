@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dina_reward import LatentReward, LatentRewardConfig, NonFiniteError
+from dina_reward.likelihood import ensemble_level
 from dina_reward.modeling import default_lora_config
 from tests.tiny_models import tiny_sd3_transformer
 
@@ -163,6 +165,55 @@ def test_preference_is_calibrated_thurstone(reward: LatentReward, latents: Tenso
     torch.testing.assert_close(probability + swapped, torch.ones(3))
     same = reward.preference(latents, latents, "a cat")
     torch.testing.assert_close(same, torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": [5, 6, 7]},
+        {"seed": 2, "share_noise": True, "noise_level": (0.2, 0.6)},
+        {"noise": torch.full((3, 16, 8, 8), 0.5), "ensemble": "mean", "noise_level": (0.2, 0.6)},
+        {"noise": torch.full((1, 16, 8, 8), 0.5)},
+        {"noise": torch.linspace(-1, 1, 2 * 3 * 16 * 64).view(2, 3, 16, 8, 8), "num_noise_samples": 2},
+        {"seed": 2, "num_noise_samples": 2, "batch_size": 2},
+    ],
+)
+def test_preference_scores_both_sides_in_one_pass_under_the_same_noise(
+    reward: LatentReward, latents: Tensor, options: dict[str, Any]
+) -> None:
+    other = latents.flip(0)
+    level = reward.noise_process.snap(options.get("noise_level", 0.4)).level
+    scores = [reward(side, PROMPTS, **options) for side in (latents, other)]
+    expected = reward.preference_model.probability(*scores, ensemble_level(level))
+    rows: list[int] = []
+    handle = reward.model.head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0].temb)))
+    probability = reward.preference(latents, other, PROMPTS, **options)
+    handle.remove()
+    torch.testing.assert_close(probability, expected, atol=1e-5, rtol=1e-4)
+    if "batch_size" not in options:
+        assert set(rows) == {6 * len(level) * options.get("num_noise_samples", 1)}
+
+
+def test_preference_takes_embeddings_by_pair_or_for_all(reward: LatentReward, latents: Tensor) -> None:
+    conditioning, index = reward.encode_prompts(PROMPTS)
+    rows = conditioning[index]
+    embeds = {"prompt_embeds": rows.prompt_embeds, "pooled_prompt_embeds": rows.pooled_prompt_embeds}
+    by_prompt = reward.preference(latents, latents.flip(0), PROMPTS, seed=0)
+    torch.testing.assert_close(reward.preference(latents, latents.flip(0), seed=0, **embeds), by_prompt)
+    one = {name: tensor[:1] for name, tensor in embeds.items() if tensor is not None}
+    by_prompt = reward.preference(latents, latents.flip(0), "a cat", seed=0)
+    torch.testing.assert_close(reward.preference(latents, latents.flip(0), seed=0, **one), by_prompt)
+    both = {name: torch.cat([tensor, tensor]) for name, tensor in embeds.items() if tensor is not None}
+    with pytest.raises(ValueError, match="prompt_embeds has 6 rows for 3 pairs"):
+        reward.preference(latents, latents.flip(0), **both)
+
+
+def test_call_and_score_show_the_same_options(reward: LatentReward) -> None:
+    # Trainers pass an argument only to functions whose signature names it.
+    assert list(inspect.signature(reward).parameters) == list(inspect.signature(reward.score).parameters)
+    assert "noise_level" in inspect.signature(reward).parameters
+    with pytest.raises(TypeError, match="unexpected keyword argument 'noise_levels'"):
+        reward(torch.zeros(1, 16, 8, 8), "a cat", noise_levels=0.4)
 
 
 def test_merged_and_unmerged_scores_agree(sd3_pipeline: Any, latents: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,25 +36,6 @@ class RewardOutput:
     noise_std: Tensor | None
     noise_levels: Tensor
     timesteps: Tensor
-
-
-class ScoreOptions(TypedDict, total=False):
-    """Keyword arguments of `LatentReward.__call__`, which documents them."""
-
-    prompt_embeds: Tensor | None
-    pooled_prompt_embeds: Tensor | None
-    prompt_embeds_mask: Tensor | None
-    height: int | None
-    width: int | None
-    noise_level: NoiseLevel | None
-    ensemble: Ensemble
-    num_noise_samples: int
-    seed: int | Sequence[int] | Tensor | None
-    generator: torch.Generator | None
-    noise: Tensor | None
-    share_noise: bool
-    normalize: bool
-    batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -89,15 +70,11 @@ def score_batch(
     *,
     ensemble: Ensemble = "tokens",
     batch_size: int | None = None,
-    level_scores: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """Scores ``batch_size`` latents per backbone pass, each with all its levels and draws.
 
-    Args:
-        level_scores: also return the score at each level alone; in a token ensemble this takes one more head pass.
-
     Returns:
-        Scores ``(draws, batch)`` and, if asked for, level scores ``(levels, draws, batch)``.
+        Scores ``(draws, batch)``, and the scores at each level alone, ``(levels, draws, batch)``.
 
     Raises:
         ValueError: unknown ensemble, or a batch size below one.
@@ -109,17 +86,16 @@ def score_batch(
     count = len(batch.latents)
     step = batch_size or count
     parts = [
-        _score_rows(model, process, batch.rows(slice(start, start + step)), ensemble, level_scores)
+        _score_rows(model, process, batch.rows(slice(start, start + step)), ensemble)
         for start in range(0, count, step)
     ]
-    scores = torch.cat([part[0] for part in parts], dim=-1)
-    levels = torch.cat([part[1] for part in parts if part[1] is not None], dim=-1) if level_scores else None
+    scores, levels = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     return scores, levels
 
 
 def _score_rows(
-    model: LatentRewardModel, process: NoiseProcess, batch: NoisyBatch, ensemble: Ensemble, level_scores: bool
-) -> tuple[Tensor, Tensor | None]:
+    model: LatentRewardModel, process: NoiseProcess, batch: NoisyBatch, ensemble: Ensemble
+) -> tuple[Tensor, Tensor]:
     levels, (samples, count) = len(batch.points.level), batch.draws.shape[:2]
     singles = (1,) * (batch.latents.ndim - 1)
     clean = batch.latents.float().repeat(levels * samples, *singles)
@@ -131,9 +107,7 @@ def _score_rows(
         batch.conditioning,
         batch.prompt_index.repeat(levels * samples),
     )
-    at_once = levels > 1 and ensemble == "tokens"
-    each = model.head(features).view(levels, samples, count) if level_scores or not at_once else None
-    if at_once:
+    each = model.head(features).view(levels, samples, count)
+    if levels > 1 and ensemble == "tokens":
         return model.head(features, num_levels=levels).view(samples, count), each
-    assert each is not None
     return each.mean(dim=0), each

@@ -50,7 +50,9 @@ def draw_noise(
         device = latents.device if generator is None else generator.device
         drawn = torch.randn((num_samples, rows, *shape), generator=generator, device=device)
     else:
-        seeds = _row_seeds(seed, batch, share_noise)
+        if share_noise and not isinstance(seed, int):
+            raise ValueError("share_noise=True gives all rows one draw; pass a single integer seed with it")
+        seeds = row_seeds(seed, rows)
         streams = (torch.Generator().manual_seed(row_seed) for row_seed in seeds)
         drawn = torch.stack([_samples(shape, num_samples, stream) for stream in streams], dim=1)
     return drawn.to(latents.device).expand(num_samples, batch, *shape)
@@ -68,14 +70,17 @@ def _samples(shape: tuple[int, ...], num_samples: int, stream: torch.Generator) 
     return torch.stack([torch.randn(shape, generator=stream) for _ in range(num_samples)])
 
 
-def _row_seeds(seed: int | Sequence[int] | Tensor, batch: int, share_noise: bool) -> list[int]:
+def row_seeds(seed: int | Sequence[int] | Tensor, batch: int) -> list[int]:
+    """The seed of every row's own stream: derived from an integer, or as given.
+
+    Raises:
+        ValueError: another number of seeds than rows.
+    """
     if isinstance(seed, int):
-        return [fold_seed(seed, row) for row in range(1 if share_noise else batch)]
+        return [fold_seed(seed, row) for row in range(batch)]
     seeds = [int(value) for value in seed]
     if len(seeds) != batch:
         raise ValueError(f"got {len(seeds)} seeds for {batch} latents; pass one integer or one seed per latent")
-    if share_noise:
-        raise ValueError("share_noise=True gives all rows one draw; pass a single integer seed with it")
     return seeds
 
 
