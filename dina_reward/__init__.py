@@ -23,41 +23,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "CheckpointError": "checkpoints",
-    "DiffusionGRPOConfig": "alignment",
-    "DiffusionGRPOTrainer": "alignment",
-    "LatentReward": "reward",
-    "LatentRewardConfig": "modeling",
-    "LatentRewardModel": "modeling",
-    "LatentRewardTrainer": "training",
-    "LatentRewardTrainingConfig": "training",
-    "NonFiniteError": "modeling",
-    "RewardOutput": "modeling",
-    "SharedBackboneError": "backbones",
-    "convert_checkpoint": "checkpoints",
-    "default_lora_config": "modeling",
-    "default_reward_config": "modeling",
-    "evaluate_preferences": "evaluation",
-}
-
-__all__ = [
-    "CheckpointError",
-    "DiffusionGRPOConfig",
-    "DiffusionGRPOTrainer",
-    "LatentReward",
-    "LatentRewardConfig",
-    "LatentRewardModel",
-    "LatentRewardTrainer",
-    "LatentRewardTrainingConfig",
-    "NonFiniteError",
-    "RewardOutput",
-    "SharedBackboneError",
-    "__version__",
-    "convert_checkpoint",
-    "default_lora_config",
-    "default_reward_config",
-    "evaluate_preferences",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "alignment": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
+        "backbones.sharing": ("SharedBackboneError",),
+        "checkpoints": ("CheckpointError", "convert_checkpoint"),
+        "evaluation": ("evaluate_preferences",),
+        "modeling": (
+            "LatentRewardConfig",
+            "LatentRewardModel",
+            "NonFiniteError",
+            "RewardOutput",
+            "default_lora_config",
+            "default_reward_config",
+        ),
+        "reward": ("LatentReward",),
+        "training": ("LatentRewardTrainer", "LatentRewardTrainingConfig"),
+    },
+)
+__all__ += ["__version__"]

@@ -93,7 +93,7 @@ class ThurstoneModel(PreferenceModel):
 
     With ``variance_scale=0`` it is the classic Thurstone model of fixed variance ``c``.
 
-    Example:
+    Examples:
         >>> ThurstoneModel().probability(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([0.4]))
         tensor([0.8775])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from dina_reward.families import Conditioning
 from dina_reward.likelihood import PreferenceModel, ensemble_level
 from dina_reward.modeling.inputs import NonFiniteError, check_embeddings, check_latents, expand_prompts
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
-from dina_reward.noise import NoisePoint
-from dina_reward.noise.draws import draw_noise, row_seeds
+from dina_reward.noise import FlowMatchingNoise, NoisePoint, model_states, rescales_states
+from dina_reward.noise.draws import draw_level_noise, draw_noise, row_seeds
 
 
 Options = ParamSpec("Options")
@@ -42,7 +42,7 @@ def _options_of(
 class LatentReward(PretrainedReward):
     """Scores diffusion latents: noise is added at one or several known levels, and the backbone judges what it sees.
 
-    Example:
+    Examples:
         >>> from dina_reward import LatentReward
         >>> reward = LatentReward.from_pretrained("path/or/hub-id", pipeline=pipe)
         >>> latents = pipe(prompt=prompts, output_type="latent").images
@@ -69,10 +69,11 @@ class LatentReward(PretrainedReward):
         noise_level: NoiseLevel | None = None,
         ensemble: Ensemble = "tokens",
         num_noise_samples: int = 1,
-        seed: int | Sequence[int] | Tensor | None = None,
+        seed: SupportsIndex | Sequence[SupportsIndex] | Tensor | None = None,
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         share_noise: bool = False,
+        share_noise_across_levels: bool = True,
         normalize: bool = False,
         batch_size: int | None = None,
     ) -> RewardOutput:
@@ -88,10 +89,13 @@ class LatentReward(PretrainedReward):
             noise_level: target level(s) in ``[0, 1]``; several form an ensemble. Default: the checkpoint's.
             ensemble: ``"tokens"``: the head attends over all levels' tokens at once; ``"mean"``: average of scores.
             num_noise_samples: noise draws per latent, whose scores are averaged.
-            seed: an integer (row ``i`` has its own stream) or one seed per row; the same on every device.
+            seed: an integer of any kind (row ``i`` has its own stream) or one seed per row; the same on every device.
             generator: random generator instead of a seed. With neither, torch's global random state is used.
             noise: the noise itself, in the layout of ``latents``; see `draw_noise`.
             share_noise: one draw for the whole batch, so that differences between rows are not noise.
+            share_noise_across_levels: all levels of an ensemble see the same draws, as in the reference. ``False``: every
+                level has draws of its own (``noise`` then starts with a dimension of levels), so that their errors average
+                out; a seed gives a level the same noise in any ensemble.
             normalize: apply the checkpoint's ``(raw + score_shift) / score_scale``.
             batch_size: latents per backbone pass; does not change results.
 
@@ -107,15 +111,12 @@ class LatentReward(PretrainedReward):
         latents = self._spatial(latents, height, width)
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         conditioning, prompt_index = self._conditioning(len(latents), prompts, given)
-        draws = draw_noise(
-            latents,
-            num_samples=num_noise_samples,
-            seed=seed,
-            generator=generator,
-            noise=noise,
-            share_noise=share_noise,
-        )
         points = self._points(noise_level)
+        source: dict[str, Any] = {"seed": seed, "generator": generator, "noise": noise, "share_noise": share_noise}
+        if share_noise_across_levels:
+            draws = draw_noise(latents, num_samples=num_noise_samples, **source)[None]
+        else:
+            draws = draw_level_noise(latents, points.level.tolist(), num_samples=num_noise_samples, **source)
         batch = NoisyBatch(latents, draws, points, conditioning, prompt_index)
         scores, levels = score_batch(self.model, self.noise_process, batch, ensemble=ensemble, batch_size=batch_size)
         scores = self._finish(scores, normalize)
@@ -144,6 +145,7 @@ class LatentReward(PretrainedReward):
         *,
         noise_level: float | Sequence[float] | Tensor | None = None,
         timesteps: float | Sequence[float] | Tensor | None = None,
+        scheduler: Any | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         prompt_embeds_mask: Tensor | None = None,
@@ -152,20 +154,29 @@ class LatentReward(PretrainedReward):
         normalize: bool = False,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Scores intermediate states of a sampler as they are, differentiable with respect to them.
+        """Scores intermediate states of a sampler, differentiable with respect to them.
 
         Args:
             noisy_latents: states that already carry noise, shape ``(batch, ...)``.
-            noise_level: level they carry, one for all or one per row; or
-            timesteps: the scheduler's timesteps instead.
+            noise_level: level they carry in the model's own process, one for all or one per row; or
+            timesteps: the scheduler's timesteps instead. In a pipeline's callback, the state after step ``i`` is at
+                ``pipe.scheduler.timesteps[i + 1]``.
+            scheduler: with ``timesteps``, the sampler's scheduler, whose rule brings the states to the scale that the model
+                sees: Euler, Heun and their kin keep states unscaled. Not needed for flow matching, nor where the
+                pipeline's scheduler keeps states in that scale already (DDIM, DPM-Solver++, ...).
 
         Other arguments and errors as for `score`.
+
+        Raises:
+            ValueError: also, the scale of the states cannot be known.
 
         Returns:
             `Tensor`: shape ``(batch,)``, float32.
         """
         if (noise_level is None) == (timesteps is None):
             raise ValueError("give either `noise_level` or `timesteps`, to say how noisy the latents are")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         noisy_latents = self._spatial(noisy_latents, height, width)
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         conditioning, prompt_index = self._conditioning(len(noisy_latents), prompts, given)
@@ -176,6 +187,7 @@ class LatentReward(PretrainedReward):
             raise ValueError(
                 f"got {len(points.timestep)} noise levels for {batch} latents; give one, or one per latent"
             )
+        noisy_latents = self._in_model_scale(noisy_latents, timesteps, scheduler)
         timestep = points.timestep.expand(batch)
         step = batch_size or batch
         scores = [
@@ -235,6 +247,27 @@ class LatentReward(PretrainedReward):
             latents = self.family.unpack_latents(latents, denoiser_config, height=height, width=width)
         check_latents(latents, self.family, denoiser_config, self.device)
         return latents
+
+    def _in_model_scale(self, states: Tensor, timesteps: Any, scheduler: Any | None) -> Tensor:
+        """States as the model sees them; those given by their noise level are, by definition."""
+        if timesteps is None:
+            if scheduler is not None:
+                raise ValueError(
+                    "`scheduler` goes with its `timesteps`; states at a `noise_level` are taken as they are"
+                )
+            return states
+        if scheduler is not None:
+            return model_states(states, timesteps, scheduler)
+        if isinstance(self.noise_process, FlowMatchingNoise):
+            return states
+        known = getattr(self.prompt_encoder.pipeline, "scheduler", None)
+        if known is None or rescales_states(known):
+            whose = "an unknown scheduler" if known is None else f"the pipeline's {type(known).__name__}"
+            raise ValueError(
+                f"the scale of these states cannot be known: with {whose} they may be unscaled. Pass `scheduler=` (such "
+                "as pipe.scheduler) to have them scaled by its rule, or `noise_level=` if they are variance preserving"
+            )
+        return states
 
     def _spatial_noise(self, noise: Tensor, latents: Tensor, height: int | None, width: int | None) -> Tensor:
         """Noise that was given in the layout of ``latents``, with or without a dimension of draws."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dina_reward.backbones.wrappers import innermost
 
 
 RewardFunction = Callable[..., Any]
@@ -53,7 +57,7 @@ def optional_reward(function: RewardFunction) -> RewardFunction:
     Rows without a score then count as "does not apply", as if the function had returned None for them; `RewardSet` counts
     them and warns once. Name and signature stay those of ``function``.
 
-    Example:
+    Examples:
         >>> @optional_reward
         ... def remote_judge(images, prompts): ...
     """
@@ -62,7 +66,25 @@ def optional_reward(function: RewardFunction) -> RewardFunction:
 
 def callable_name(function: RewardFunction) -> str:
     """Name of a reward function in logs: that of the function, or of the class of a callable object."""
-    return str(getattr(function, "__name__", type(function).__name__))
+    name = getattr(function, "__name__", None) or getattr(function, "original_name", None)  # the latter of TorchScript
+    return str(name or type(function).__name__)
+
+
+def reward_list(functions: Any, what: str) -> list[RewardFunction]:
+    """One function, or a list of them, as a list.
+
+    Args:
+        what: name of the argument, for messages.
+
+    Raises:
+        ValueError: something else, or something in the list that cannot be called.
+    """
+    given = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+    for function in given:
+        if not callable(function) or isinstance(function, type):
+            kind = "a class; make an object of it" if isinstance(function, type) else type(function).__name__
+            raise ValueError(f"{what} must be one function or a list of functions, got {function!r:.80} ({kind})")
+    return given
 
 
 def unique_names(functions: Sequence[RewardFunction]) -> list[str]:
@@ -121,14 +143,34 @@ def accepted_arguments(function: RewardFunction, available: Mapping[str, Any]) -
     return arguments
 
 
+def own_copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of arguments, also of each row's, so that a function that changes them in place harms no other.
+
+    Tensors stay in their graph.
+    """
+    return {name: _own(value) for name, value in arguments.items()}
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, list):
+        # Each on its own: members of a group share one row.
+        return [_own(item) for item in value]
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a column may hold anything, also what cannot be copied
+        return value
+
+
 def call_reward(function: RewardFunction, available: Mapping[str, Any], batch_size: int) -> Any:
-    """Calls a function with what it takes of ``available``, without gradient, and returns what it returns.
+    """Calls a function with copies of what it takes of ``available``, without gradient, and returns what it returns.
 
     Raises:
         ValueError: the function requires an argument that is not available.
         RewardError: the function raised.
     """
-    arguments = accepted_arguments(function, available)
+    arguments = own_copies(accepted_arguments(function, available))
     try:
         with torch.no_grad():
             return function(**arguments)
@@ -158,8 +200,9 @@ def checked_scores(name: str, result: Any, available: Mapping[str, Any], batch_s
         return nothing
     try:
         scores, applies = _read_scores(result)
+        scores = _in_float32(scores)
     except (TypeError, ValueError, RuntimeError) as error:
-        message = f"{name} returned {type(result).__name__}, which does not hold numbers: {error}"
+        message = f"{name} returned {type(result).__name__}, which does not hold one number per row: {error}"
         raise RewardError(f"{message} ({_samples(available, everyone)})", everyone, nothing) from error
     if scores.shape != (batch_size,):
         message = f"{name} returned shape {tuple(scores.shape)}; expected one number per row, ({batch_size},)"
@@ -181,12 +224,36 @@ def unwrapped(function: RewardFunction) -> RewardFunction:
 
 def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
     try:
-        return inspect.signature(function).parameters
+        return _signature(unwrapped(function)).parameters
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{callable_name(function)} has no readable signature, so its arguments are unknown; wrap it in a function "
             "that names them, such as `def reward(latents, prompts): ...`"
         ) from error
+
+
+def _signature(function: Any) -> inspect.Signature:
+    """Of a module that of its `forward`, whatever it is wrapped in; of TorchScript what its schema says."""
+    if isinstance(function, functools.partial):
+        bound = functools.partial(lambda: None, *function.args, **function.keywords)
+        bound.func.__signature__ = _signature(function.func)  # type: ignore[attr-defined]
+        return inspect.signature(bound)
+    if isinstance(function, nn.Module):
+        function = innermost(function)
+        function = function.forward if type(function).__call__ is nn.Module.__call__ else function
+    schema = getattr(function, "schema", None)
+    if schema is None:
+        return inspect.signature(function)
+    empty, kind = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature(
+        [
+            inspect.Parameter(
+                argument.name, kind, default=argument.default_value if argument.has_default_value() else empty
+            )
+            for argument in schema.arguments
+            if argument.name != "self"
+        ]
+    )
 
 
 def _read_scores(result: Any) -> tuple[Tensor, Tensor]:
@@ -195,16 +262,41 @@ def _read_scores(result: Any) -> tuple[Tensor, Tensor]:
         if inspect.iscoroutine(result):
             result.close()
         raise TypeError("it must be awaited; reward functions are called synchronously")
+    if isinstance(result, Mapping):
+        raise TypeError("return one number per row, not a mapping")
+    if isinstance(result, tuple) and any(_is_collection(part) for part in result):
+        kinds = ", ".join(type(part).__name__ for part in result)
+        raise TypeError(f"return the scores alone, not a tuple of ({kinds})")
     if isinstance(result, Tensor):
-        scores = result.detach().to("cpu", torch.float32)
+        scores = result.detach().cpu()
         return scores, torch.ones_like(scores, dtype=torch.bool)
     if isinstance(result, Sequence) and not isinstance(result, str):
         missing = [value is None for value in result]
         if any(missing):
             values = [float("nan") if absent else float(v) for v, absent in zip(result, missing, strict=True)]
-            return torch.tensor(values, dtype=torch.float32), ~torch.tensor(missing)
-    scores = torch.as_tensor(result, dtype=torch.float32).cpu()
+            return torch.tensor(values, dtype=torch.float64), ~torch.tensor(missing)
+    scores = torch.as_tensor(result, dtype=torch.float64).cpu()
     return scores, torch.ones_like(scores, dtype=torch.bool)
+
+
+def _in_float32(scores: Tensor) -> Tensor:
+    """Scores in float32.
+
+    Raises:
+        ValueError: scores that differ would all be equal in it, such as 1e9 and 1e9 + 1.
+    """
+    rounded, known = scores.float(), scores[torch.isfinite(scores)].double()
+    if len(known) > 1 and len(known.float().unique()) == 1:
+        spread, size = float(known.max() - known.min()), float(known.abs().max())
+        if spread > 1e-10 * size:
+            raise ValueError(
+                f"they differ by {spread:g} but are all {size:g} in float32; subtract a constant from them"
+            )
+    return rounded
+
+
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, (Mapping, Sequence)) or getattr(value, "ndim", 0) > 0
 
 
 def raised(function: RewardFunction, error: Exception, available: Mapping[str, Any], batch_size: int) -> RewardError:

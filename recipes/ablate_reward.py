@@ -1,4 +1,4 @@
-"""The method's claims, measured where the truth is known: rewards of six kinds on the embedded world, three seeds each.
+"""The method's claims, measured where the truth is known: rewards of eight kinds on the embedded world, three seeds each.
 
     python recipes/ablate_reward.py --output outputs/ablation    # restartable; under 45 minutes on two cores
 
@@ -11,12 +11,16 @@
 | clean only | Thurstone, variance .5 | fidelity | 0 | LoRA |
 | frozen backbone | Thurstone, variance 2 sigma^2 + .05 | fidelity | uniform | frozen |
 
-Everything else is equal. Labels are single votes, as in the published training set: a noisy labeller prefers the latent of
-higher quality with probability Phi(difference / 0.1). Each reward is evaluated on held-out pairs at every level and for
-ensembles of 2, 3 and 5 levels (accuracy against the oracle, calibration against the labeller's probabilities), and then
-aligns the embedded generator by Flow-GRPO, where the oracle says whether more reward was more truth. Every run is a process
-of its own; the command can be killed and started again: runs that are complete are kept. It writes `ablation.json`,
-`ablation.md` and `ablation.png` to the output.
+The first and the third are trained once more on uneven labels, whose error grows where there is less to see: it is twice as
+large for captions of a small shape, and up to three times as large where a latent is not clean
+(`dina_reward.shapes.ablation.uneven_deviation`). Everything else is equal. Labels are single votes, as in the published
+training set: a noisy labeller prefers the latent of higher quality with probability Phi(difference / deviation).
+
+Each reward is evaluated on held-out pairs under three noise draws, at every level and for ensembles: averages of draws at
+one level, and levels that share their noise or have noise of their own, averaged or over tokens (accuracy against the
+oracle, calibration against the labeller's probabilities). The rewards of even labels then align the embedded generator by
+Flow-GRPO, where the oracle says whether more reward was more truth. Every run is a process of its own; the command can be
+killed and started again: runs that are complete are kept. It writes `ablation.json`, `ablation.md` and `ablation.png`.
 """
 
 from __future__ import annotations
@@ -38,9 +42,9 @@ from tqdm.auto import tqdm
 
 from dina_reward.shapes.ablation import (
     BATCH_SIZE,
-    ENSEMBLES,
     ITERATIONS,
     RESULT_NAME,
+    SINGLE,
     STEPS,
     VARIANTS,
     Variant,
@@ -53,91 +57,100 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [_row(VARIANTS[name], results) for name, results in runs.items()]
 
 
+def _spread(values: Sequence[float]) -> list[float]:
+    return [mean(values), stdev(values) if len(values) > 1 else 0.0]
+
+
 def _row(variant: Variant, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def spread(values: Sequence[float]) -> list[float]:
-        return [mean(values), stdev(values) if len(values) > 1 else 0.0]
+    level, levels, single = f"{variant.use_level:g}", list(results[0]["levels"]), f"{SINGLE:g}"
 
-    def gain(metric: str, units: Sequence[float]) -> list[float]:
-        ends = [result["alignment"][metric] for result in results]
-        return spread([(after - before) / unit for (before, after), unit in zip(ends, units, strict=True)])
+    def over_levels(figure: Any) -> dict[str, list[float]]:
+        return {key: _spread([figure(result, key) for result in results]) for key in levels}
 
-    level, levels, points = f"{variant.use_level:g}", list(results[0]["levels"]), [0.01] * len(results)
-    return {
+    row: dict[str, Any] = {
         "variant": variant.title,
         "use_level": variant.use_level,
-        "accuracy_at_use_level": spread([100 * r["levels"][level]["accuracy"] for r in results]),
-        "accuracy_by_level": {key: spread([100 * r["levels"][key]["accuracy"] for r in results]) for key in levels},
-        "ece_by_level": {key: spread([r["levels"][key]["ece"] for r in results]) for key in levels},
-        "ece_fitted": None
-        if results[0]["fitted"] is None
-        else {key: spread([r["fitted"]["ece"][key] for r in results]) for key in levels},
+        "accuracy_at_use_level": _spread([100 * r["levels"][level]["accuracy"] for r in results]),
+        "accuracy_by_level": over_levels(lambda result, key: 100 * result["levels"][key]["accuracy"]),
+        "ece_by_level": over_levels(lambda result, key: result["levels"][key]["ece"]),
+        "noise_share_by_level": over_levels(lambda result, key: 100 * result["noise_share"][key]),
+        "ece_fitted": None,
         "ensembles": {
-            kind: {
-                count: {
-                    "accuracy": spread([100 * r["ensembles"][kind][count]["accuracy"] for r in results]),
-                    "gain": spread(
-                        [
-                            100 * (r["ensembles"][kind][count]["accuracy"] - r["ensembles"][kind]["1"]["accuracy"])
-                            for r in results
-                        ]
-                    ),
-                    "ece": spread([r["ensembles"][kind][count]["ece"] for r in results]),
-                }
-                for count in results[0]["ensembles"][kind]
+            name: {
+                "gain": _spread(
+                    [100 * (r["ensembles"][name]["accuracy"] - r["levels"][single]["accuracy"]) for r in results]
+                ),
+                "nll_gain": _spread([r["levels"][single]["nll"] - r["ensembles"][name]["nll"] for r in results]),
+                "ece": _spread([r["ensembles"][name]["ece"] for r in results]),
             }
-            for kind in ("mean", "tokens")
+            for name in results[0]["ensembles"]
         },
-        "reward_gain": gain("reward", [r["score_std"][level] for r in results]),
-        "fit_gain": gain("fit", points),
-        "cleanness_gain": gain("cleanness", points),
+        "gains": None,
     }
+    if all(result["fitted"] is not None for result in results):
+        row["ece_fitted"] = over_levels(lambda result, key: result["fitted"]["ece"][key])
+    if results[0]["alignment"] is not None:
+        units = {"reward": [r["score_std"] for r in results], "fit": [0.01] * len(results)}
+        row["gains"] = {
+            metric: _spread(
+                [
+                    (result["alignment"][metric][1] - result["alignment"][metric][0]) / unit
+                    for result, unit in zip(results, units.get(metric, units["fit"]), strict=True)
+                ]
+            )
+            for metric in ("reward", "fit", "cleanness")
+        }
+    return row
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The tables as they stand in the documentation."""
-    levels, counts = list(rows[0]["accuracy_by_level"]), list(rows[0]["ensembles"]["mean"])
+    levels, ensembles = list(rows[0]["accuracy_by_level"]), list(rows[0]["ensembles"])
 
-    def pm(value: Sequence[float]) -> str:
-        return f"{value[0]:.1f} ± {value[1]:.1f}"
+    def by_level(cell: Any, shown: Sequence[dict[str, Any]] = rows) -> str:
+        return _table(["variant", *levels], [[row["variant"], *(cell(row, key) for key in levels)] for row in shown])
 
-    def signed(value: Sequence[float]) -> str:
-        return f"{value[0]:+.1f} ± {value[1]:.1f}"
-
-    def ensembles(row: dict[str, Any], count: str) -> str:
-        averaged, tokens = (row["ensembles"][kind][count] for kind in ("mean", "tokens"))
-        if count == "1":
-            return f"{pm(averaged['accuracy'])} ({averaged['ece'][0]:.3f})"
-        both = f"{signed(averaged['gain'])} / {signed(tokens['gain'])}"
-        return f"{both} ({averaged['ece'][0]:.3f} / {tokens['ece'][0]:.3f})"
-
-    by_level = [
-        [row["variant"], *(f"{row['accuracy_by_level'][k][0]:.1f} / {row['ece_by_level'][k][0]:.3f}" for k in levels)]
-        for row in rows
+    gains = [
+        [
+            name,
+            *(
+                f"{_signed(row['ensembles'][name]['gain'])} ({row['ensembles'][name]['nll_gain'][0]:+.3f})"
+                for row in rows
+            ),
+        ]
+        for name in ensembles
     ]
-    fitted = [
-        [row["variant"], *(f"{row['ece_fitted'][k][0]:.3f}" for k in levels)] for row in rows if row["ece_fitted"]
-    ]
-    by_count = [[row["variant"], *(ensembles(row, count) for count in counts)] for row in rows]
     aligned = [
-        [row["variant"], f"{row['use_level']:g}", pm(row["accuracy_at_use_level"])]
-        + [signed(row[gain]) for gain in ("reward_gain", "fit_gain", "cleanness_gain")]
+        [row["variant"], f"{row['use_level']:g}", _plus_minus(row["accuracy_at_use_level"])]
+        + [_signed(row["gains"][metric]) for metric in ("reward", "fit", "cleanness")]
         for row in rows
+        if row["gains"]
     ]
     columns = ("variant", "level", "accuracy there (%)", "reward (its own deviations)", "oracle fit", "cleanness")
     return "\n".join(
         [
             "Accuracy (%) by noise level, mean over seeds; after the slash the expected calibration error.\n",
-            _table(["variant", *levels], by_level),
+            by_level(lambda row, key: f"{row['accuracy_by_level'][key][0]:.1f} / {row['ece_by_level'][key][0]:.3f}"),
             "Calibration error with the Thurstone variance fitted to single votes on fresh pairs of training captions.\n",
-            _table(["variant", *levels], fitted),
-            "Ensembles around level .4: accuracy of the single level (%), and what an average of scores / attention over "
-            "all tokens adds to it (points), ± deviation over seeds; in brackets the calibration error.\n",
-            _table(["variant", *(f"K = {count}" for count in counts)], by_count),
+            by_level(lambda row, key: f"{row['ece_fitted'][key][0]:.3f}", [row for row in rows if row["ece_fitted"]]),
+            "Share of the variance of score margins that is noise (%), by noise level, ± deviation over seeds.\n",
+            by_level(lambda row, key: _plus_minus(row["noise_share_by_level"][key])),
+            f"Ensembles: what they add to the accuracy of one draw at level {SINGLE:g} (points), ± deviation over seeds; in "
+            "brackets by how much the NLL is lower.\n",
+            _table(["ensemble", *(row["variant"] for row in rows)], gains),
             "Flow-GRPO with each reward at its level: change on held-out prompts ± deviation over seeds. The reward in "
             "standard deviations of its scores on the held-out pairs, the oracle in points.\n",
             _table(columns, aligned),
         ]
     )
+
+
+def _plus_minus(value: Sequence[float]) -> str:
+    return f"{value[0]:.1f} ± {value[1]:.1f}"
+
+
+def _signed(value: Sequence[float]) -> str:
+    return f"{value[0]:+.1f} ± {value[1]:.1f}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -146,41 +159,43 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy and calibration over the noise level, ensembles, and what alignment did."""
+    """Accuracy, calibration and share of noise over the noise level, ensembles, and what alignment did."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 6.8), layout="constrained")
-    accuracy, calibration, ensembles, aligned = figure.subplots(2, 2).flat
-    width = 0.8 / len(rows)
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    by_level = top.subplots(1, 3)
+    ensembles, aligned = bottom.subplots(1, 2, width_ratios=(2.2, 1))
+    panels = dict(zip(("accuracy_by_level", "ece_by_level", "noise_share_by_level"), by_level, strict=True))
+    names, width = list(rows[0]["ensembles"]), 0.8 / len(rows)
     for place, row in enumerate(rows):
-        levels = [float(key) for key in row["accuracy_by_level"]]
         shift = (place - (len(rows) - 1) / 2) * width
         style: dict[str, Any] = {"color": f"C{place}", "ms": 4, "lw": 1.2, "capsize": 2}
-        for panel, key in ((accuracy, "accuracy_by_level"), (calibration, "ece_by_level")):
+        for key, panel in panels.items():
             values, errors = zip(*row[key].values(), strict=True)
-            label = row["variant"] if panel is accuracy else None
-            panel.errorbar([level + 0.02 * shift for level in levels], values, errors, fmt="o-", label=label, **style)
-        for kind, mark, face in (("mean", "o", f"C{place}"), ("tokens", "s", "white")):
-            values, errors = zip(*(found["gain"] for found in row["ensembles"][kind].values()), strict=True)
-            places = [position + shift + (0.03 if kind == "tokens" else -0.03) for position in range(1, len(values))]
-            ensembles.errorbar(places, values[1:], errors[1:], fmt=mark, mfc=face, **style)
-        for group, gain in enumerate(("fit_gain", "cleanness_gain")):
-            value, error = row[gain]
-            aligned.bar(group + shift, value, 0.9 * width, yerr=error, capsize=2, color=f"C{place}")
-    accuracy.set(title="accuracy on held-out pairs (%)", xlabel="noise level")
-    calibration.set(title="expected calibration error", xlabel="noise level", ylim=(0, None))
-    ensembles.set(
-        title="what ensembles add to a single level (points): average (filled), tokens (hollow)", xlabel="levels"
-    )
-    ensembles.set_xticks(range(1, len(ENSEMBLES)), [f"{count}" for count in ENSEMBLES if count > 1])
+            label = row["variant"] if key == "accuracy_by_level" else None
+            places = [float(level) + 0.02 * shift for level in row[key]]
+            panel.errorbar(places, values, errors, fmt="o-", label=label, **style)
+        values, errors = zip(*(row["ensembles"][name]["gain"] for name in names), strict=True)
+        ensembles.errorbar(values, [i + shift for i in range(len(names))], xerr=errors, fmt="o", **style)
+        for group, metric in enumerate(("fit", "cleanness")):
+            if row["gains"]:
+                value, error = row["gains"][metric]
+                aligned.bar(group + shift, value, 0.9 * width, yerr=error, capsize=2, color=f"C{place}")
+    panels["accuracy_by_level"].set(title="accuracy on held-out pairs (%)", xlabel="noise level")
+    panels["ece_by_level"].set(title="expected calibration error", xlabel="noise level", ylim=(0, None))
+    panels["noise_share_by_level"].set(title="share of margin variance that is noise (%)", xlabel="noise level")
+    ensembles.set(title=f"accuracy of ensembles over one draw at level {SINGLE:g} (points)")
+    ensembles.set_yticks(range(len(names)), names, fontsize=8)
+    ensembles.invert_yaxis()
+    ensembles.axvline(0, color="0.3", lw=0.8)
     aligned.set(title="alignment with the reward: change in the oracle's view (points)")
     aligned.set_xticks([0, 1], ["fit", "cleanness"])
-    for panel in (ensembles, aligned):
-        panel.axhline(0, color="0.3", lw=0.8)
-    for panel in (accuracy, calibration, ensembles, aligned):
+    aligned.axhline(0, color="0.3", lw=0.8)
+    for panel in (*by_level, ensembles, aligned):
         panel.grid(alpha=0.3)
         panel.title.set_fontsize(10)
-    figure.legend(loc="outside lower center", ncols=len(rows), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(rows)), fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
 
 

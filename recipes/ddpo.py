@@ -1,7 +1,8 @@
 """Aligns a DDPM generator (Stable Diffusion 1.x) with a latent reward by DDPO; no pixel is decoded in training.
 
     python recipes/ddpo.py --config recipes/configs/ddpo_shapes.yaml
-    accelerate launch recipes/ddpo.py --config recipes/configs/ddpo_sd14.yaml --reward_model_path path/to/reward
+    accelerate launch recipes/ddpo.py --config recipes/configs/ddpo_sd14.yaml \\
+        --dataset_name path/to/prompts --reward_model_path path/to/reward
 
 Samples are independent; each is trained by how its reward compares with earlier ones of its prompt (arXiv 2305.13301).
 Supported: importance sampling (DDPO-IS, `loss_type: ppo_clip`) and the score function (DDPO-SF, `loss_type:

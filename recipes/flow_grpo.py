@@ -1,7 +1,7 @@
 """Aligns a flow-matching generator with a latent reward by Flow-GRPO; no pixel is decoded in training.
 
     python recipes/flow_grpo.py --config recipes/configs/flow_grpo_shapes.yaml
-    accelerate launch recipes/flow_grpo.py --config recipes/configs/flow_grpo_sd35_medium.yaml --learning_rate 1e-4
+    accelerate launch recipes/flow_grpo.py --config recipes/configs/flow_grpo_sd35_medium.yaml --dataset_name path/to/prompts
 
 Groups of samples share a prompt; each is trained by how its reward compares with its group (arXiv 2505.05470).
 Supported: Flow-SDE, Dance-SDE and CPS as stochastic steps; random, fixed and sliding (MixGRPO) windows of them;

@@ -1,7 +1,8 @@
 """Aligns a DDPM generator (Stable Diffusion 1.x) with a latent reward by GRPO; no pixel is decoded in training.
 
     python recipes/grpo.py --config recipes/configs/grpo_shapes_ddpm.yaml
-    accelerate launch recipes/grpo.py --config recipes/configs/dance_grpo_sd14.yaml --reward_model_path path/to/reward
+    accelerate launch recipes/grpo.py --config recipes/configs/dance_grpo_sd14.yaml \\
+        --dataset_name path/to/prompts --reward_model_path path/to/reward
 
 Groups of samples share a prompt; each is trained by how its reward compares with its group, on stochastic DDIM steps
 (DanceGRPO, arXiv 2505.07818).

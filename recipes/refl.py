@@ -1,7 +1,7 @@
 """Aligns a generator by back-propagating a latent reward through the last sampler steps; no pixel is decoded in training.
 
     python recipes/refl.py --config recipes/configs/refl_shapes.yaml
-    accelerate launch recipes/refl.py --config recipes/configs/refl_sd35_medium.yaml --learning_rate 5e-5
+    accelerate launch recipes/refl.py --config recipes/configs/refl_sd35_medium.yaml --dataset_name path/to/prompts
 
 The reward of a predicted clean latent is differentiated, so its gradient says how to change a sample, where GRPO only learns
 which sample is better. `method` is refl (one random late step, arXiv 2304.05977), draft (the last steps, arXiv 2309.17400)

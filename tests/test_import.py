@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
 import dina_reward
+from dina_reward.lazy import lazy_exports
 
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib")
@@ -38,6 +41,20 @@ def test_every_public_name_resolves(name: str) -> None:
     assert name in dir(dina_reward)
 
 
+@pytest.mark.parametrize(
+    "package", [module.name for module in pkgutil.iter_modules(dina_reward.__path__) if module.ispkg]
+)
+def test_every_public_name_of_a_package_resolves(package: str) -> None:
+    module = importlib.import_module(f"dina_reward.{package}")
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None, name
+
+
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LatentRewards'"):
         dina_reward.LatentRewards  # noqa: B018
+
+
+def test_exporting_the_name_of_a_sub_module_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"exports names of its own sub-modules: \['reward'\]"):
+        lazy_exports("dina_reward", {"reward": ("LatentReward", "reward")})

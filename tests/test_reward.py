@@ -80,6 +80,29 @@ def test_batch_split_does_not_matter(reward: LatentReward, latents: Tensor, nois
     torch.testing.assert_close(torch.cat(rows), whole)
 
 
+@pytest.mark.parametrize("ensemble", ["tokens", "mean"])
+def test_noise_of_their_own_for_levels(reward: LatentReward, latents: Tensor, ensemble: Any) -> None:
+    options: dict[str, Any] = {"noise_level": (0.2, 0.7), "ensemble": ensemble, "share_noise_across_levels": False}
+    whole = reward(latents, PROMPTS, seed=5, num_noise_samples=2, **options)
+    assert not torch.allclose(
+        whole, reward(latents, PROMPTS, seed=5, num_noise_samples=2, noise_level=(0.2, 0.7), ensemble=ensemble)
+    )
+    split = reward(latents, PROMPTS, seed=5, num_noise_samples=2, batch_size=2, **options)
+    torch.testing.assert_close(split, whole)
+    seeds = [7, 8, 9]
+    torch.testing.assert_close(
+        reward(latents[1:2], PROMPTS[1], seed=seeds[1:2], **options),
+        reward(latents, PROMPTS, seed=seeds, **options)[1:2],
+    )
+    noise = torch.randn(2, 1, *latents.shape)
+    given = reward.score(latents, PROMPTS, noise=noise, **options)
+    for place, level in enumerate((0.2, 0.7)):
+        alone = reward(latents, PROMPTS, noise_level=level, noise=noise[place, 0])
+        torch.testing.assert_close(given.level_scores[:, place], alone)
+        seeded = reward(latents, PROMPTS, noise_level=level, seed=5, share_noise_across_levels=False)
+        torch.testing.assert_close(reward.score(latents, PROMPTS, seed=5, **options).level_scores[:, place], seeded)
+
+
 def test_score_reports_levels_and_spread(reward: LatentReward, latents: Tensor) -> None:
     levels = (0.2, 0.5, 0.7)
     output = reward.score(latents, PROMPTS, noise_level=levels, ensemble="mean", num_noise_samples=4, seed=0)

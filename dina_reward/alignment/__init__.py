@@ -22,38 +22,17 @@ if TYPE_CHECKING:
     from dina_reward.alignment.trainer import DDPOTrainer, DiffusionGRPOTrainer
     from dina_reward.reward_functions import optional_reward
 
-_MODULES = {
-    "AlignmentConfig": "config",
-    "AlignmentTrainer": "base",
-    "DDPOConfig": "grpo_config",
-    "DDPOTrainer": "trainer",
-    "DiffusionGRPOConfig": "grpo_config",
-    "DiffusionGRPOTrainer": "trainer",
-    "DiffusionNFTConfig": "nft",
-    "DiffusionNFTTrainer": "nft",
-    "OnlineDPOConfig": "online_dpo",
-    "OnlineDPOTrainer": "online_dpo",
-    "RewardBackpropConfig": "backprop",
-    "RewardBackpropTrainer": "backprop",
-    "RewardHackingCallback": "hacking",
-    "optional_reward": "rewards",
-}
-
-__all__ = [
-    "AlignmentConfig",
-    "AlignmentTrainer",
-    "DDPOConfig",
-    "DDPOTrainer",
-    "DiffusionGRPOConfig",
-    "DiffusionGRPOTrainer",
-    "DiffusionNFTConfig",
-    "DiffusionNFTTrainer",
-    "OnlineDPOConfig",
-    "OnlineDPOTrainer",
-    "RewardBackpropConfig",
-    "RewardBackpropTrainer",
-    "RewardHackingCallback",
-    "optional_reward",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
+        "base": ("AlignmentTrainer",),
+        "config": ("AlignmentConfig",),
+        "grpo_config": ("DDPOConfig", "DiffusionGRPOConfig"),
+        "hacking": ("RewardHackingCallback",),
+        "nft": ("DiffusionNFTConfig", "DiffusionNFTTrainer"),
+        "online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
+        ".reward_functions": ("optional_reward",),
+        "trainer": ("DDPOTrainer", "DiffusionGRPOTrainer"),
+    },
+)

@@ -25,7 +25,7 @@ from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, generator_from
 from dina_reward.families import Conditioning
-from dina_reward.reward_functions import RewardFunction, callable_name, takes_images
+from dina_reward.reward_functions import RewardFunction, callable_name, reward_list, takes_images
 
 
 BackpropMethod = Literal["refl", "draft", "drtune"]
@@ -271,7 +271,7 @@ class RewardBackpropTrainer(AlignmentTrainer):
     ``latents`` and return a tensor with a graph; a `LatentReward` fits as it is. Their own parameters get no gradient.
     See `AlignmentTrainer` for the arguments.
 
-    Example:
+    Examples:
         >>> trainer = RewardBackpropTrainer(pipe, reward, RewardBackpropConfig("out"), train_dataset=["a cat", "a dog"])
         >>> trainer.train()
 
@@ -289,7 +289,7 @@ class RewardBackpropTrainer(AlignmentTrainer):
         train_dataset: PromptDataset,
         **kwargs: Any,
     ) -> None:
-        functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        functions = reward_list(reward_funcs, "reward_funcs")
         for function in functions:
             if takes_images(function):
                 raise ValueError(
@@ -352,7 +352,7 @@ class RewardBackpropTrainer(AlignmentTrainer):
     def _score(self, batch: PromptBatch, clean: Tensor) -> Tensor:
         """Scores, shape ``(batch, functions)``, float32, with a graph to ``clean``."""
         maker, count = self.experience_maker, len(batch.rows)
-        maker.reward_calls += count
+        self.policy.calls.count_rewards(count)
         seeds = maker.reward_seeds(batch.generation, batch.rows)
         available = self.rewards.arguments(clean, batch.prompt_rows, batch.conditioning, seeds)
         functions = self.rewards.functions

@@ -17,18 +17,24 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from dina_reward.alignment.advantages import Advantages
 from dina_reward.alignment.config import AlignmentConfig
+from dina_reward.alignment.costs import CostCallback
 from dina_reward.alignment.evaluation import EvalRewardFunction, HeldOutEvaluator
 from dina_reward.alignment.experience import Experience, ExperienceMaker, RolloutPlan, checked_reward_weights
 from dina_reward.alignment.hacking import RewardHackingCallback
 from dina_reward.alignment.objectives import ObjectiveOutput
 from dina_reward.alignment.pictures import log_pictures
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.prompts import BatchGeometry, PromptDataset, PromptRollouts
-from dina_reward.alignment.rewards import RewardSet
+from dina_reward.alignment.prompts import BatchGeometry, PromptDataset, PromptRollouts, PromptTable
+from dina_reward.alignment.rewards import RewardSet, check_columns
 from dina_reward.alignment.samplers import Sampler
-from dina_reward.reward_functions import RewardFunction
+from dina_reward.backbones.wrappers import check_not_offloaded, unwrap
+from dina_reward.families import family_of
+from dina_reward.reward import LatentReward
+from dina_reward.reward_functions import RewardFunction, reward_list, unique_names, unwrapped
 from dina_reward.training.checkpointing import AtomicCheckpointMixin
+from dina_reward.training.config import check_mixed_precision
 from dina_reward.training.ema import EMACallback
+from dina_reward.training.run_settings import settings_of, tensor_digest, text_digest
 
 
 EMA_DIRECTORY = "ema"
@@ -69,9 +75,18 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        functions = reward_list(reward_funcs, "reward_funcs")
+        judges = reward_list(eval_reward_funcs, "eval_reward_funcs")
+        for prompts, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+            if prompts is not None:
+                check_columns(PromptTable(prompts, name).columns, functions)
         geometry = args.geometry(args.world_size)
+        denoiser = unwrap(getattr(pipeline, family_of(pipeline).denoiser_attribute))
+        check_not_offloaded(denoiser)
+        check_mixed_precision(denoiser.dtype, args)
         pipeline.to(args.device)
         self.policy = self._new_policy(pipeline, args)
+        self._facts = _facts_of(self.policy, train_dataset, functions)
         self.ema = None
         if args.ema_decay is not None:
             self.ema = EMACallback(self.policy.denoiser, args.ema_decay, args.ema_update_every)
@@ -90,13 +105,15 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
             optimizers=optimizers,
         )
         self._check_launch(geometry)
+        self.costs = CostCallback(self.policy.calls, args, self.accelerator)
+        self.add_callback(self.costs)
         self.hacking = self._hacking_callback()
-        self.rewards = _reward_set(reward_funcs, args, self.policy)
+        self.rewards = _reward_set(functions, args, self.policy)
         self.reward_weights = checked_reward_weights(args.reward_weights, len(self.rewards.functions))
         self.experience_maker = ExperienceMaker(
             self.policy, prompts, self.rewards, self.reward_weights, self._new_sampler(), args, self.accelerator
         )
-        self.evaluator = self._new_evaluator(eval_reward_funcs)
+        self.evaluator = self._new_evaluator(judges)
         self._generation = -1
         self._experience: dict[int, Experience] = {}
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -105,6 +122,10 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
     def sampler(self) -> Sampler:
         """Sampler of the training rollouts."""
         return self.experience_maker.sampler
+
+    def run_settings(self) -> dict[str, Any]:
+        """The arguments that decide what is computed, with prompts, rewards and the generator's frozen weights."""
+        return settings_of(self.args, **self._facts)
 
     def plan(self, generation: int) -> RolloutPlan:
         """How the samples of a generation are drawn: deterministically, unless a subclass says otherwise."""
@@ -153,7 +174,7 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         shape = self.policy.latent_shape(args.height, args.width, args.num_frames)
         return self.policy.sampler(args.num_inference_steps, shape, device=self.accelerator.device)
 
-    def _new_evaluator(self, functions: EvalRewardFunction | Sequence[EvalRewardFunction]) -> HeldOutEvaluator:
+    def _new_evaluator(self, judges: Sequence[EvalRewardFunction]) -> HeldOutEvaluator:
         args = self.args
         assert args.eval_height is not None
         assert args.eval_width is not None
@@ -163,7 +184,7 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
             self.policy,
             self.rewards,
             reward_weights=self.reward_weights,
-            eval_reward_funcs=[functions] if callable(functions) else functions,
+            eval_reward_funcs=judges,
             output_dir=args.output_dir,
             sampler=self.policy.sampler(args.eval_num_inference_steps, shape, device=self.accelerator.device),
             latent_shape=shape,
@@ -255,13 +276,13 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
             self._metrics[name].append(float(_reduction(name)(gathered[:, column])))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the metrics collected since the last training log line."""
+        """Adds what the run has spent (`CallCounter`) and, to training log lines, the metrics collected since the last."""
         if "loss" in logs:
             averages = {name: float(_reduction(name)(torch.tensor(v))) for name, v in self._metrics.items()}
             failures = {f"rewards/{name}/failures": float(count) for name, count in self.rewards.failures.items()}
-            logs = {**logs, **averages, **failures, "reward_calls": float(self.experience_maker.reward_calls)}
+            logs = {**logs, **averages, **failures}
             self._metrics.clear()
-        super().log(logs, start_time)
+        super().log({**logs, **self.costs.costs().as_metrics()}, start_time)
 
     def evaluate(  # type: ignore[override]
         self,
@@ -278,8 +299,9 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         if dataset is None:
             raise ValueError("evaluate() needs held-out prompts; give the trainer an eval_dataset")
         started = time.perf_counter()
-        with self.averaged_policy():
-            record = self.evaluator.evaluate(dataset, self.state.global_step)
+        costs = self.costs.costs().as_metrics()
+        with self.costs.paused(), self.averaged_policy():
+            record = self.evaluator.evaluate(dataset, self.state.global_step, costs)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in record.metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(dict(metrics))
@@ -301,12 +323,11 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.load_weights(resume_from_checkpoint)
+        # Samples that this process may still hold are of other weights.
+        self._generation = -1
 
 
-def _reward_set(
-    reward_funcs: RewardFunction | Sequence[RewardFunction], args: AlignmentConfig, policy: Policy
-) -> RewardSet:
-    functions = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+def _reward_set(functions: Sequence[RewardFunction], args: AlignmentConfig, policy: Policy) -> RewardSet:
     settings = {
         "noise_level": args.reward_noise_level,
         "ensemble": args.reward_ensemble,
@@ -314,9 +335,22 @@ def _reward_set(
     }
 
     def decode(latents: Tensor) -> Tensor:
+        policy.calls.count_decodes(len(latents))
         return policy.family.decode_latents(policy.pipeline, latents)
 
     return RewardSet(functions, settings, decode)
+
+
+def _facts_of(policy: Policy, prompts: PromptDataset, functions: Sequence[RewardFunction]) -> dict[str, Any]:
+    """What defines a run besides its arguments; to be taken before anything is sharded."""
+    table = PromptTable(prompts, "train_dataset")
+    latent = [function for function in map(unwrapped, functions) if isinstance(function, LatentReward)]
+    return {
+        "prompts": text_digest([table[index] for index in range(len(table))]),
+        "reward functions": unique_names(functions),
+        "latent rewards": [tensor_digest(reward.model.trainable_state().values()) for reward in latent],
+        "frozen weights": tensor_digest(p for p in policy.denoiser.parameters() if not p.requires_grad),
+    }
 
 
 def _reduction(name: str) -> Any:

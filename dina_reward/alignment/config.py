@@ -83,6 +83,21 @@ class AlignmentConfig(TrainingArguments):
         default=True, metadata={"help": "Score all members of a group under the same noise, so that it cancels."}
     )
 
+    max_denoiser_calls: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop at the first end of a generation at which so many denoiser calls were made: samples x evaluations "
+            "of the denoiser in rollouts and updates, two under guidance. max_steps holds beside it."
+        },
+    )
+    eval_denoiser_calls: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate whenever so many further denoiser calls were made, at the end of the generation, and when the "
+            "budget is spent, besides what eval_strategy says."
+        },
+    )
+
     lora_rank: int = field(default=32, metadata={"help": "Rank of the policy's LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the policy's LoRA, usually twice the rank."})
     lora_target_modules: list[str] | None = field(
@@ -148,6 +163,8 @@ class AlignmentConfig(TrainingArguments):
         """TrlParser stores YAML values as they are, so types are checked here too."""
         for name, least in _INTEGERS.items():
             check_int(self, name, least)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, which is what numpy takes, got {self.seed}")
         for name, low, high in _REALS:
             check_real(self, name, low, high)
         if self.ema_decay is not None:
@@ -156,8 +173,14 @@ class AlignmentConfig(TrainingArguments):
                 raise ValueError(
                     f"ema_decay must lie strictly between 0 and 1 (None for no EMA), got {self.ema_decay}"
                 )
-        if self.max_sequence_length is not None:
-            check_int(self, "max_sequence_length", 1)
+        for name in ("max_sequence_length", "max_denoiser_calls", "eval_denoiser_calls"):
+            if getattr(self, name) is not None:
+                check_int(self, name, 1)
+        targets = self.lora_target_modules
+        if targets is not None and not (
+            targets and isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+        ):
+            raise ValueError(f"lora_target_modules must be a list of names of layers, or null, got {targets!r}")
         if self.train_full_model and self.load_in_4bit:
             raise ValueError(
                 "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"

@@ -1,79 +1,41 @@
-"""Step-wise credit: a noise-aware reward scores the states of a trajectory, and each step gets the gain it made."""
+"""Step-wise credit: each step of a trajectory gets the rise that it makes in the reward of the predicted clean latent.
+
+What a step should be credited with is its own effect, ``Q_k = E[r | x_{k+1}] - E[r | x_k]``. The terminal reward contains
+it, and besides the luck of the initial latent and of all other stochastic steps. With a value ``V`` of states, the gain
+``V(x_{k+1}) - V(x_k)`` is free of both, as far as ``V`` knows where a state leads.
+
+``V`` is the reward of the ``x_0`` prediction at the state: at the noise level and under the noise at which the final latent
+is scored, so that both cancel along the trajectory; the prediction is at hand, so it costs one reward call and no denoiser
+call. After the last stochastic step the end is determined, and ``V`` is the final reward itself. The noisy state, scored
+as it is at its own level (`LatentReward.score_noisy`), would make a poor ``V``, though it predicts the final reward: scores
+of different levels differ in scale, the more noise the wider, so that the difference of two of them tells more about the
+levels than about the step. `python -m dina_reward.shapes.step_correlation` measures both against the effects themselves.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dina_reward.alignment.rollout import Rollout
-from dina_reward.alignment.samplers import Sampler
-from dina_reward.reward_functions import callable_name
 
-
-def check_scores_noisy(functions: Sequence[Any]) -> None:
-    """Refuses reward functions that cannot score a noisy state.
-
-    Raises:
-        ValueError: naming the functions without a ``score_noisy`` method.
-    """
-    unable = [callable_name(function) for function in functions if not hasattr(function, "score_noisy")]
-    if unable:
-        raise ValueError(
-            f"credit 'gain' scores noisy states, which {', '.join(unable)} cannot do: give rewards with a `score_noisy` "
-            "method, such as LatentReward, or set credit to 'terminal'"
-        )
-
-
-@torch.no_grad()
-def state_scores(
-    functions: Sequence[Any],
-    weights: Sequence[float],
-    rollout: Rollout,
-    sampler: Sampler,
-    prompts: Sequence[str],
-    device: torch.device | str,
-) -> Tensor:
-    """Weighted reward of every recorded state at the noise level it has, shape ``(batch, states)``, float32, on the CPU.
-
-    Args:
-        functions: rewards with ``score_noisy(noisy_latents, prompts, noise_level=...)``; see `LatentReward.score_noisy`.
-        weights: one per reward.
-        rollout: whose states are scored, in order.
-        sampler: gives their noise levels.
-        prompts: one per row.
-        device: of the rewards; states may have been offloaded.
-    """
-    columns = []
-    for index in sorted(rollout.states):
-        state, level = rollout.states[index].to(device), float(sampler.levels[index])
-        scores = [
-            weight * function.score_noisy(state, list(prompts), noise_level=level).float().cpu()
-            for function, weight in zip(functions, weights, strict=True)
-        ]
-        columns.append(torch.stack(scores).sum(dim=0))
-    return torch.stack(columns, dim=1)
-
-
-def gains_to_go(state_scores: Tensor, final_scores: Tensor, discount: float) -> Tensor:
-    """``R_k = sum_{j >= k} discount^(j - k) (V_{j+1} - V_j)``, where ``V`` are the scores of the states and, last, the end.
+def gains_to_go(values: Tensor, final_rewards: Tensor, discount: float) -> Tensor:
+    """``R_k = sum_{j >= k} discount^(j - k) (V_{j+1} - V_j)``, where ``V`` are the values of the states and, last, the end.
 
     With ``discount = 0`` a step gets the gain it makes itself. With ``discount = 1`` the sum telescopes to ``V_end - V_k``:
-    the final reward with the state's own score as its baseline.
+    the final reward with the value of the state as its baseline, which has no bias whatever ``V`` is, and the variance of
+    all later steps.
 
     Args:
-        state_scores (`Tensor`): shape ``(rows, states)``.
-        final_scores (`Tensor`): shape ``(rows,)``.
+        values (`Tensor`): of the states before the stochastic steps, shape ``(rows, states)``.
+        final_rewards (`Tensor`): shape ``(rows,)``.
         discount (`float`): in ``[0, 1]``.
 
     Returns:
         `Tensor`: shape ``(rows, states)``.
     """
-    values = torch.cat([state_scores, final_scores[:, None]], dim=1)
+    values = torch.cat([values, final_rewards[:, None]], dim=1)
     gains = values[:, 1:] - values[:, :-1]
-    total = torch.zeros_like(final_scores)
+    total = torch.zeros_like(final_rewards)
     columns = []
     for gain in gains.unbind(dim=1)[::-1]:
         total = gain + discount * total

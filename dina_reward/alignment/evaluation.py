@@ -31,8 +31,8 @@ from dina_reward.alignment.hacking import (
 )
 from dina_reward.alignment.pictures import checked_images, picture_grid, save_picture, still_images
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.prompts import PromptDataset, prompt_row
-from dina_reward.alignment.rewards import RewardSet, forgive
+from dina_reward.alignment.prompts import PromptDataset, PromptTable
+from dina_reward.alignment.rewards import RewardSet, check_columns, forgive
 from dina_reward.alignment.rollout import sample
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
@@ -70,6 +70,7 @@ class EvaluationRecord:
         step (`int`): optimizer steps made.
         metrics (`dict[str, float]`): means over the held-out prompts; ``"reward"`` is what training maximises.
         standard_errors (`dict[str, float]`): of those means.
+        costs (`dict[str, float]`): what training had spent; see `RunCosts.as_metrics`.
         picture (`str`, *optional*): file of the picture grid, relative to the output directory.
         hacking (`list[dict]`): alarms of this evaluation, the fields of `RewardHacking`.
     """
@@ -77,6 +78,7 @@ class EvaluationRecord:
     step: int
     metrics: dict[str, float]
     standard_errors: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
     picture: str | None = None
     hacking: list[dict[str, Any]] = field(default_factory=list)
 
@@ -139,12 +141,15 @@ class HeldOutEvaluator:
         self.latent_shape = tuple(latent_shape)
         self.failures: dict[str, int] = {}
 
-    def evaluate(self, dataset: PromptDataset, step: int) -> EvaluationRecord:
+    def evaluate(
+        self, dataset: PromptDataset, step: int, costs: Mapping[str, float] | None = None
+    ) -> EvaluationRecord:
         """Evaluates the policy as it is now and writes history, scores and picture (on the main process).
 
         Args:
             dataset: held-out prompts.
             step: optimizer steps made, for the history and the name of the picture.
+            costs: what training has spent so far, for the history.
 
         Returns:
             The record, the same on every rank.
@@ -153,8 +158,8 @@ class HeldOutEvaluator:
             RewardError: a reward function or judge that is not optional failed.
             ValueError: there are no prompts, or a judge uses a name of the training reward.
         """
-        if len(dataset) == 0:
-            raise ValueError("eval_dataset has no prompts")
+        dataset = PromptTable(dataset, "eval_dataset")
+        check_columns(dataset.columns, list(self.judges.values()))
         scores: list[tuple[int, dict[str, float]]] = []
         images: list[tuple[int, Tensor]] = []
         for indices in self._batches(len(dataset)):
@@ -164,7 +169,7 @@ class HeldOutEvaluator:
         if self.accelerator.num_processes > 1:
             scores, images = gather_object(scores), gather_object(images)
         columns = self._columns([values for _, values in sorted(scores, key=lambda item: item[0])])
-        record = _summarise(step, columns)
+        record = replace(_summarise(step, columns), costs=dict(costs or {}))
         if self.accelerator.is_main_process:
             record = self._write(record, columns, dataset, [image for _, image in sorted(images, key=lambda i: i[0])])
         if self.accelerator.num_processes > 1:
@@ -189,9 +194,9 @@ class HeldOutEvaluator:
         self, dataset: PromptDataset, indices: list[int]
     ) -> tuple[list[dict[str, float]], list[Tensor]]:
         if not indices:
-            self._sample([prompt_row(dataset, 0)["prompt"]], [0])
+            self._sample([dataset[0]["prompt"]], [0])
             return [], []
-        rows = [prompt_row(dataset, index) for index in indices]
+        rows = [dataset[index] for index in indices]
         latents, conditioning = self._sample([row["prompt"] for row in rows], indices)
         seeds = [fold_seed(self.seed, Stream.EVALUATION_REWARD, index) for index in indices]
         images = self._decode(latents, indices)
@@ -268,7 +273,7 @@ class HeldOutEvaluator:
         dataset: PromptDataset,
         images: Sequence[Tensor],
     ) -> EvaluationRecord:
-        prompts = [prompt_row(dataset, index)["prompt"] for index in range(len(dataset))]
+        prompts = [dataset[index]["prompt"] for index in range(len(dataset))]
         scores = {name: [None if math.isnan(v) else v for v in values.tolist()] for name, values in columns.items()}
         line = PromptScores(record.step, scores, self._protocol(prompts))
         scored = append_line(self.output_dir / SCORES_NAME, line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dina_reward.alignment.advantages import Advantages, compute_advantages
 from dina_reward.alignment.config import AlignmentConfig
-from dina_reward.alignment.credit import gains_to_go, state_scores
+from dina_reward.alignment.credit import gains_to_go
 from dina_reward.alignment.evaluation import diversity
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.prompts import PromptRollouts
@@ -21,6 +21,7 @@ from dina_reward.alignment.rewards import RewardSet
 from dina_reward.alignment.rollout import PredictFunction, Rollout, sample
 from dina_reward.alignment.samplers import Sampler
 from dina_reward.alignment.seeding import Stream, noise_by_row
+from dina_reward.alignment.silence import SilentRewards
 from dina_reward.families import Conditioning
 from dina_reward.noise.draws import fold_seed
 
@@ -34,7 +35,7 @@ class RolloutPlan:
         trained: those of them that are recorded; all by default.
         keep_means: record the means of the transitions.
         reference: evaluate the model without LoRA at the recorded states.
-        credit_discount: with a number, each recorded step gets its own advantage; see `gains_to_go`.
+        credit_discount: with a number, each recorded step gets its own advantage; see `dina_reward.alignment.credit`.
     """
 
     stochastic: Sequence[int] = ()
@@ -132,7 +133,7 @@ class ExperienceMaker:
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.latent_shape = policy.latent_shape(args.height, args.width, args.num_frames)
-        self.reward_calls = 0
+        self.silent_rewards = SilentRewards(rewards.names, self.reward_weights)
 
     @torch.no_grad()
     def make(
@@ -153,18 +154,19 @@ class ExperienceMaker:
         started = time.perf_counter()
         conditioning, negative, chunks = self._sample(generation, plan)
         sampled = time.perf_counter()
-        scores = [self._score(generation, chunk, conditioning) for chunk in chunks]
-        along = [self._score_states(chunk) for chunk in chunks] if plan.credit_discount is not None else []
+        scores = [self._score(generation, chunk, conditioning, chunk.rollout.latents) for chunk in chunks]
+        along = [self._score_predictions(generation, chunk, conditioning) for chunk in chunks if chunk.rollout.clean]
         scored = time.perf_counter()
         all_scores = self._gather(chunks, scores)
+        heard = self.silent_rewards.check(generation, all_scores)
         result = (self.group_advantages if compare is None else compare)(generation, all_scores)
-        steps = self._step_advantages(chunks, along, result, plan)
+        steps = self._step_advantages(generation, chunks, along, result, plan)
         weights = self._weights(result)
         experience = [
             Experience(
                 generation=generation,
                 rows=chunk.rows,
-                rollout=chunk.rollout,
+                rollout=replace(chunk.rollout, clean={}),
                 prompts=[row["prompt"] for row in chunk.prompt_rows],
                 conditioning=conditioning,
                 prompt_index=chunk.prompt_index,
@@ -178,6 +180,8 @@ class ExperienceMaker:
             for chunk in chunks
         ]
         metrics = self._metrics(all_scores, result, chunks)
+        if not heard:  # a mean over nothing
+            metrics["reward"] = metrics["reward_std"] = math.nan
         return experience, {**metrics, "time/rollout": sampled - started, "time/reward": scored - sampled}
 
     def group_advantages(self, generation: int, scores: Tensor) -> Advantages:
@@ -229,6 +233,7 @@ class ExperienceMaker:
                 trained=plan.trained,
                 step_noise=self._step_noise(generation, rows, len(plan.stochastic)),
                 keep_means=plan.keep_means,
+                keep_clean=plan.credit_discount is not None,
                 offload=self.args.offload_trajectories,
             )
             reference = self._reference(bound, rollout) if plan.reference else {}
@@ -249,21 +254,22 @@ class ExperienceMaker:
                 for index in rollout.trained
             }
 
-    def _score(self, generation: int, chunk: _Chunk, conditioning: Conditioning) -> Tensor:
-        self.reward_calls += len(chunk.rows)
+    def _score(self, generation: int, chunk: _Chunk, conditioning: Conditioning, latents: Tensor) -> Tensor:
+        self.policy.calls.count_rewards(len(chunk.rows))
         return self.rewards.score(
-            chunk.rollout.latents,
+            latents,
             chunk.prompt_rows,
             conditioning[chunk.prompt_index],
             self.reward_seeds(generation, chunk.rows),
         )
 
-    def _score_states(self, chunk: _Chunk) -> Tensor:
-        self.reward_calls += len(chunk.rows) * len(chunk.rollout.states)
-        prompts = [row["prompt"] for row in chunk.prompt_rows]
-        return state_scores(
-            self.rewards.functions, self.reward_weights, chunk.rollout, self.sampler, prompts, self.device
-        )
+    def _score_predictions(self, generation: int, chunk: _Chunk, conditioning: Conditioning) -> Tensor:
+        """Scores of the recorded ``x_0`` predictions, shape ``(rows, predictions, functions)``.
+
+        They see the noise that the final latents see, so that it cancels along a trajectory.
+        """
+        predictions = [latents.to(self.device) for _, latents in sorted(chunk.rollout.clean.items())]
+        return torch.stack([self._score(generation, chunk, conditioning, clean) for clean in predictions], dim=1)
 
     def _gather(self, chunks: Sequence[_Chunk], values: Sequence[Tensor]) -> Tensor:
         """Values of the rows of all ranks, in row order, on the CPU."""
@@ -278,15 +284,21 @@ class ExperienceMaker:
         return values[chunk.rows.start : chunk.rows.stop].to(self.device)
 
     def _step_advantages(
-        self, chunks: Sequence[_Chunk], along: Sequence[Tensor], result: Advantages, plan: RolloutPlan
+        self,
+        generation: int,
+        chunks: Sequence[_Chunk],
+        along: Sequence[Tensor],
+        result: Advantages,
+        plan: RolloutPlan,
     ) -> dict[int, Tensor]:
         if plan.credit_discount is None:
             return {}
-        scores = self._gather(chunks, along)
-        gains = gains_to_go(scores, result.rewards, plan.credit_discount)
+        scores = self._gather(chunks, along).unbind(dim=1)
+        values = torch.stack([self.group_advantages(generation, column).rewards for column in scores], dim=1)
+        gains = gains_to_go(values, result.rewards, plan.credit_discount).where(result.valid[:, None], torch.nan)
         rollout = chunks[0].rollout
-        position = {state: column for column, state in enumerate(sorted(rollout.states))}
-        group_ids = torch.arange(len(scores)) // self.prompts.geometry.num_generations
+        position = {state: column for column, state in enumerate(sorted(rollout.clean))}
+        group_ids = torch.arange(len(gains)) // self.prompts.geometry.num_generations
         return {
             step: compute_advantages(
                 gains[:, position[step]], group_ids, scale_rewards=self.args.scale_rewards

@@ -37,7 +37,7 @@ class ForwardProcess:
     | ``sample`` | ``x_0`` | ``m`` |
     | ``v_prediction`` (arXiv 2202.00512) | ``a eps - sigma x_0`` | ``a x - sigma m`` |
 
-    Example:
+    Examples:
         >>> process = ForwardProcess.of_policy(policy)
         >>> point = process.noise_process.snap([0.3, 0.8])
         >>> noisy = process.noisy(latents, noise, point)

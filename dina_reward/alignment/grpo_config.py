@@ -45,7 +45,7 @@ class DiffusionGRPOConfig(AlignmentConfig):
         default="terminal",
         metadata={
             "help": "'terminal': every step gets the advantage of the final latent; 'gain': each step gets its own, from "
-            "the latent reward's scores of the noisy states along the trajectory."
+            "the rewards of the clean latents predicted along the trajectory: one reward call more per trained step."
         },
     )
     credit_discount: float = field(

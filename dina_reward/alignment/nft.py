@@ -80,7 +80,7 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
 
     Checkpoints hold the old policy in ``old_policy/``, in the format of the policy itself.
 
-    Example:
+    Examples:
         >>> trainer = DiffusionNFTTrainer(pipe, reward, DiffusionNFTConfig("out"), train_dataset=["a cat", "a dog"])
         >>> trainer.train()
     """

@@ -102,7 +102,7 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
     The policy samples groups, the reward ranks them, and the best of each group are preferred to its worst. Both sides of a
     pair see the same level and noise. The reference is the model before training. See `AlignmentTrainer` for the arguments.
 
-    Example:
+    Examples:
         >>> args = OnlineDPOConfig("out", num_generations=8, per_device_train_batch_size=16, num_pairs=2)
         >>> trainer = OnlineDPOTrainer(pipe, reward, args, train_dataset=["a cat", "a dog"])
         >>> trainer.train()

@@ -20,6 +20,7 @@ logger = logging.get_logger(__name__)
 GRID_GAP = 4
 """Pixels between the images of a picture grid."""
 
+_BORDER = "lightgray"
 _MAX_CAPTION_LINES = 4
 _ROUNDING = 1e-3
 
@@ -55,15 +56,17 @@ def picture_grid(
     prompts: Sequence[str] | None = None,
     scores: Sequence[float] | None = None,
     *,
+    score_name: str = "reward",
     min_side: int = 96,
     gap: int = GRID_GAP,
 ) -> Image.Image:
-    """Images side by side, in an almost square grid; small ones are enlarged pixel by pixel.
+    """Images side by side with a thin border, in an almost square grid; small ones are enlarged pixel by pixel.
 
     Args:
         images: at least one, each of shape ``(3, height, width)``, in [0, 1].
         prompts: written under the images, wrapped; long ones are cut.
         scores: written under the prompts.
+        score_name: what the scores are; written before each.
         min_side: the longer side of a tile has at least this many pixels.
         gap: pixels between tiles.
 
@@ -80,7 +83,8 @@ def picture_grid(
     factor = max(1, math.ceil(min_side / max(width, height)))
     width, height = width * factor, height * factor
     font = _font(max(10, width // 32))
-    captions = _captions(len(images), prompts, scores, font, width)
+    numbers = None if scores is None else [_named(score_name, score) for score in scores]
+    captions = _captions(len(images), prompts, numbers, font, width)
     line_height = math.ceil(sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else 11)
     pitch = height + max(map(len, captions)) * line_height + gap
     grid = Image.new("RGB", (columns * (width + gap) + gap, math.ceil(len(images) / columns) * pitch + gap), "white")
@@ -90,6 +94,8 @@ def picture_grid(
         pixels = (image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
         tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
         left, top = gap + column * (width + gap), gap + row * pitch
+        # Outside the tile, so that `grid_tiles` returns its pixels and white images have an edge on white.
+        pen.rectangle((left - 1, top - 1, left + width, top + height), outline=_BORDER)
         grid.paste(tile, (left, top))
         for line, text in enumerate(captions[number]):
             pen.text((left, top + height + line * line_height), text, fill="black", font=font)
@@ -183,14 +189,17 @@ def _font(size: int) -> _Font:
         return ImageFont.load_default()
 
 
+def _named(name: str, score: float) -> str:
+    return f"no {name}" if math.isnan(score) else f"{name} {score:.4g}"
+
+
 def _captions(
-    count: int, prompts: Sequence[str] | None, scores: Sequence[float] | None, font: _Font, width: int
+    count: int, prompts: Sequence[str] | None, numbers: Sequence[str] | None, font: _Font, width: int
 ) -> list[list[str]]:
     captions: list[list[str]] = [[] for _ in range(count)]
-    for lines, prompt in zip(captions, prompts or (), strict=prompts is not None):
-        lines += wrap_text(prompt, font, width)
-    for lines, score in zip(captions, scores or (), strict=scores is not None):
-        lines.append("no score" if math.isnan(score) else f"{score:.4g}")
+    for texts in (prompts, numbers):
+        for lines, text in zip(captions, texts or (), strict=texts is not None):
+            lines += wrap_text(text, font, width)
     return captions
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dina_reward.alignment.costs import CallCounter
 from dina_reward.alignment.policy_weights import LORA_WEIGHTS_NAME as LORA_WEIGHTS_NAME
 from dina_reward.alignment.policy_weights import load_full, load_lora, save_full, save_lora
 from dina_reward.alignment.rollout import PredictFunction
 from dina_reward.alignment.samplers import Sampler, build_sampler
 from dina_reward.alignment.steps import SDEType
 from dina_reward.backbones.quantization import is_quantized, quantize_blocks
+from dina_reward.backbones.wrappers import check_lora_targets, check_separate_projections, unwrap
 from dina_reward.families import Conditioning, ModelFamily, family_of
 from dina_reward.training.sharding import ExactTimesteps, exchange, local, slice_like, trainable_parameters
 
@@ -28,9 +30,9 @@ class Policy:
 
     Trained tensors are always float32, the master copy of mixed precision; autocast computes in bfloat16 if asked. The
     denoiser may be wrapped by DDP, sharded by FSDP2 or driven by DeepSpeed's ZeRO-2 afterwards: what is saved are whole
-    tensors, and snapshots hold each rank's own slices.
+    tensors, and snapshots hold each rank's own slices. Every prediction is counted in `calls`, a `CallCounter`.
 
-    Example:
+    Examples:
         >>> policy = Policy(pipe, rank=32, alpha=64)
         >>> predict = policy.bind(policy.encode(["a cat"], device), policy.encode_negative(device))
         >>> velocity = predict(latents, timestep)  # (batch, ...), float32
@@ -38,7 +40,7 @@ class Policy:
     Args:
         pipeline: a text-to-image pipeline of a supported family, flow-matching or DDPM.
         rank, alpha (`int`): of the LoRA; not read when the full model is trained.
-        target_modules: suffixes of the layers to adapt; those of the family by default.
+        target_modules: suffixes of the layers to adapt, each of which must match; those of the family by default.
         guidance_scale (`float`): classifier-free guidance runs above 1, in sampling and in training alike.
         max_sequence_length (`int`, *optional*): length that prompts are encoded to.
         train_full_model (`bool`): train every weight of the denoiser instead of a LoRA.
@@ -47,8 +49,8 @@ class Policy:
             a pipeline that diffusers has loaded quantised is used as it is.
 
     Raises:
-        ValueError: a pipeline that samples in a way its family does not support; the denoiser has an adapter already; it
-            is trained in full but not float32, or quantised.
+        ValueError: a pipeline that samples in a way its family does not support; the denoiser has an adapter already or
+            fused projections; a target matches no layer; it is trained in full but not float32, or quantised.
     """
 
     def __init__(
@@ -67,14 +69,17 @@ class Policy:
         self.pipeline = pipeline
         self.family: ModelFamily = family_of(pipeline)
         self.family.check_pipeline(pipeline)
-        self.denoiser: nn.Module = getattr(pipeline, self.family.denoiser_attribute)
+        # Never a wrapper: names in files, averages and checkpoints are those of the model, compiled or not.
+        self.denoiser: nn.Module = unwrap(getattr(pipeline, self.family.denoiser_attribute))
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.train_full_model = train_full_model
+        self.calls = CallCounter()
         self._class_name = type(self.denoiser).__name__
         self._initial: list[Tensor] | None = None
         self._timesteps: ExactTimesteps | None = None
         _refuse_adapters(self.denoiser)
+        check_separate_projections(self.denoiser)
         unread = self.family.unread_layers(self.denoiser.config)
         if train_full_model:
             _train_all(self.denoiser, load_in_4bit, unread)
@@ -84,6 +89,8 @@ class Policy:
             self.denoiser.requires_grad_(False)
             if load_in_4bit:
                 quantize_blocks(self.denoiser)
+            if target_modules is not None:
+                check_lora_targets(self.denoiser, target_modules)
             _add_lora(self.denoiser, rank, alpha, target_modules or self.family.policy_lora_targets, unread)
         # Sampling and training must be the same function of the weights, so dropout stays off in both.
         self.denoiser.eval()
@@ -157,9 +164,12 @@ class Policy:
         """
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         expanded = None if negative is None else negative[[0] * len(conditioning)]
+        config: Any = self.denoiser.config
+        evaluations = 2 if self.family.uses_negative_prompt(config, scale) else 1
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             self._keep_timesteps_exact()
+            self.calls.count_denoiser(len(latents), evaluations)
             return self.family.predict_velocity(
                 self.denoiser if model is None else model,
                 latents,
@@ -299,7 +309,9 @@ def _refuse_adapters(denoiser: nn.Module) -> None:
     if existing:
         raise ValueError(
             f"the denoiser already has the adapter(s) {', '.join(existing)}; the reference of the KL penalty is the model "
-            "without any. Fuse them (`pipeline.fuse_lora()`, `pipeline.unload_lora_weights()`) before training"
+            "without any. Unload them, or fuse them before training (`pipeline.fuse_lora()`, "
+            "`pipeline.unload_lora_weights()`) and load a latent reward with share_backbone=False: fused weights are not "
+            "those it was trained on"
         )
 
 

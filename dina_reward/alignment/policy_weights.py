@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dina_reward.checkpoints.atomic import atomic_directory
@@ -24,7 +25,10 @@ FULL_WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 def save_lora(
     pipeline: Any, denoiser: nn.Module, directory: str, attribute: str, adapter_name: str, write: bool | None = None
 ) -> None:
-    """Writes an adapter so that ``pipeline.load_lora_weights(directory)`` reads it.
+    """Writes an adapter so that ``pipeline.load_lora_weights(directory)`` reads it, at full strength in every reader.
+
+    Readers of the tensors alone (state dicts, ComfyUI, kohya's tools) take ``alpha`` for the rank, so ``alpha / rank`` is
+    multiplied into ``lora_B`` and the file says that they are equal.
 
     Args:
         attribute: name of the denoiser in the pipeline, the prefix of the stored names.
@@ -36,7 +40,10 @@ def save_lora(
     if tensors is None:
         return
     config = denoiser.peft_config[adapter_name].to_dict()  # type: ignore[union-attr, index]
+    scale = config["lora_alpha"] / config["r"]
+    tensors = {name: _scaled(tensor, scale) if ".lora_B." in name else tensor for name, tensor in tensors.items()}
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    metadata["lora_alpha"] = config["r"]
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".lora-") as staging:
         # The keywords of every diffusers pipeline with a LoRA loader are named after the denoiser.
@@ -51,14 +58,14 @@ def load_lora(denoiser: nn.Module, directory: str, attribute: str, adapter_name:
     """Reads what `save_lora` wrote into an adapter, in place; sharded tensors are scattered from rank 0.
 
     Raises:
-        ValueError: the file is missing, or does not hold exactly the adapter's tensors.
+        ValueError: the file is missing or damaged, or does not hold exactly the adapter's tensors.
     """
     from peft import get_peft_model_state_dict
 
     path = os.path.join(directory, LORA_WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise ValueError(f"{directory} holds no {LORA_WEIGHTS_NAME}; it is not a checkpoint of this trainer")
-    stored = {name.removeprefix(f"{attribute}."): tensor for name, tensor in load_file(path).items()}
+    stored, metadata = _read_lora(path, f"{attribute}.")
     expected = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
     _check_fit(
         {name: tuple(tensor.shape) for name, tensor in stored.items()},
@@ -66,8 +73,27 @@ def load_lora(denoiser: nn.Module, directory: str, attribute: str, adapter_name:
         f"{path} does not fit this run's LoRA",
         "Resume with the lora_rank and lora_target_modules of that run",
     )
+    config: Any = denoiser.peft_config[adapter_name]  # type: ignore[index]
+    strength = metadata.get("lora_alpha", 1) / metadata.get("r", 1)
     for name, tensor in expected.items():
-        assign(tensor, stored[name])
+        value = stored[name]
+        assign(tensor, _scaled(value, strength * config.r / config.lora_alpha) if ".lora_B." in name else value)
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    """A product that the inverse scale takes back bit for bit: powers of two are exact, others get 64 bits."""
+    return tensor * scale if math.frexp(scale)[0] == 0.5 else tensor.double() * scale
+
+
+def _read_lora(path: str, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and PEFT configuration of the denoiser's adapter in a file, by their names in the denoiser."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Resume from an earlier checkpoint") from error
+    return tensors, {name.removeprefix(prefix): value for name, value in metadata.items()}
 
 
 def save_full(denoiser: nn.Module, directory: str, attribute: str, class_name: str, write: bool | None = None) -> None:

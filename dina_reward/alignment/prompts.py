@@ -39,9 +39,60 @@ def prompt_row(dataset: PromptDataset, index: int) -> dict[str, Any]:
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows turned into columns, with ``"prompt"`` renamed to ``"prompts"``."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    """Rows turned into columns, with ``"prompt"`` renamed to ``"prompts"``; None where a row has no such column."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
     return {"prompts": columns.pop("prompt"), **columns}
+
+
+class PromptTable:
+    """Prompts of any supported kind as rows that all have the same columns.
+
+    Args:
+        dataset: a `datasets.Dataset` with a column ``"prompt"``; a list of strings, or of dictionaries with a ``"prompt"``;
+            or any other dataset with a length and integer indexing that gives such elements.
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: it is of another kind (the message says what to do), has no prompts, or a row of a list has none.
+    """
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        _refuse_other_kinds(dataset, name)
+        if len(dataset) == 0:
+            raise ValueError(f"{name} has no prompts")
+        self._dataset = dataset
+        columns = getattr(dataset, "column_names", None)
+        if isinstance(dataset, (list, tuple)):
+            columns = list(dict.fromkeys(key for index in range(len(dataset)) for key in prompt_row(dataset, index)))
+        self.columns: list[str] = list(columns or ())
+        """Names of the columns; empty where they are not known before the rows are read."""
+        if self.columns and "prompt" not in self.columns:
+            raise ValueError(f"{name} has the columns {self.columns} and no 'prompt'; rename the one with the prompts")
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**dict.fromkeys(self.columns), **prompt_row(self._dataset, index)}
+
+
+def _refuse_other_kinds(dataset: Any, name: str) -> None:
+    kind, advice = type(dataset).__name__, None
+    if isinstance(dataset, PromptTable):
+        return
+    if isinstance(dataset, str):
+        advice = "put the prompt into a list, or read the file it names with datasets.load_dataset"
+    elif isinstance(dataset, Mapping):
+        advice = f"it has the keys {sorted(map(str, dataset))[:4]}; pass one of its values, {name}[...]"
+    elif hasattr(dataset, "iloc"):
+        advice = "use datasets.Dataset.from_pandas"
+    elif not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        advice = "prompts are drawn in random order; a stream has to be read first, e.g. list(...)"
+    if advice is not None:
+        raise ValueError(
+            f"{name} must be a list of prompts or a dataset with a 'prompt' column, got a {kind}: {advice}"
+        )
 
 
 @dataclass(frozen=True)
@@ -125,9 +176,7 @@ class PromptRollouts(Dataset[dict[str, int]]):
     def __init__(
         self, dataset: PromptDataset, geometry: BatchGeometry, *, gradient_accumulation_steps: int = 1, seed: int = 0
     ) -> None:
-        if len(dataset) == 0:
-            raise ValueError("train_dataset has no prompts")
-        self.dataset = dataset
+        self.dataset = PromptTable(dataset, "train_dataset")
         self.geometry = geometry
         self.seed = seed
         self.epoch = 0

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from dina_reward.alignment.pictures import checked_images
 from dina_reward.alignment.prompts import columns_of
 from dina_reward.families import Conditioning
+from dina_reward.reward import LatentReward
 from dina_reward.reward_functions import (
     OptionalReward,
     RewardError,
@@ -22,7 +24,9 @@ from dina_reward.reward_functions import (
     callable_name,
     check_synchronous,
     checked_scores,
+    own_copies,
     raised,
+    reward_list,
     takes_images,
     unique_names,
     unwrapped,
@@ -36,6 +40,27 @@ Decoder = Callable[[Tensor], Tensor]
 """``latents -> images``, shape ``(batch, 3, height, width)``, of videos ``(batch, frames, 3, height, width)``, in [0, 1]."""
 
 _SCORE_OPTIONS = ("noise_level", "ensemble", "num_noise_samples", "seed")
+_SAMPLES = ("latents", "images", "prompts", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
+
+
+def check_columns(columns: Iterable[str], functions: Sequence[RewardFunction]) -> None:
+    """Refuses columns of the prompt dataset that share a name with something else that functions are told.
+
+    Raises:
+        ValueError: naming the column, and the argument or option that it would stand for.
+    """
+    columns = set(columns)
+    options = dict.fromkeys((*_SAMPLES, *_SCORE_OPTIONS), "an argument that every reward function is told")
+    for function in functions:
+        if isinstance(unwrapped(function), LatentReward):
+            settings = set(inspect.signature(unwrapped(function)).parameters) - {"self", *options}
+            options |= dict.fromkeys(settings, f"an option of {callable_name(function)}")
+    clashes = sorted(columns & options.keys())
+    if clashes:
+        raise ValueError(
+            f"the prompt dataset has a column {clashes[0]!r}, which is also {options[clashes[0]]}, so data would be taken "
+            "for a setting (or the other way round); rename the column"
+        )
 
 
 def forgive(function: RewardFunction, name: str, error: RewardError, failures: dict[str, int]) -> Tensor:
@@ -75,7 +100,7 @@ def differentiable_score(
     """
     check_synchronous(function)
     name, target = callable_name(function), getattr(unwrapped(function), "score", None)
-    if callable(target):
+    if callable(target) and not isinstance(target, nn.Module):  # which would be a layer called "score"
         offered = ("latents", "prompts", *_SCORE_OPTIONS)
         arguments = accepted_arguments(target, {key: available[key] for key in offered if key in available})
     else:
@@ -84,7 +109,7 @@ def differentiable_score(
         target, arguments = function, accepted_arguments(function, {**available, "images": images})
     try:
         with torch.enable_grad():
-            result = target(**arguments)
+            result = target(**own_copies(arguments))
     except Exception as error:
         raise raised(function, error, available, batch_size) from error
     scores = getattr(result, "scores", result)
@@ -117,7 +142,7 @@ class RewardSet:
         failures (`dict[str, int]`): rows that optional functions have failed on so far, by function name.
 
     Raises:
-        ValueError: a function is async, or takes images without a decoder.
+        ValueError: a function is async or cannot be called, or takes images without a decoder.
     """
 
     functions: Sequence[RewardFunction]
@@ -127,7 +152,7 @@ class RewardSet:
     _announced: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for function in self.functions:
+        for function in reward_list(list(self.functions), "functions"):
             check_synchronous(function)
             if self.decode is None and takes_images(function):
                 raise ValueError(
@@ -178,7 +203,12 @@ class RewardSet:
     def arguments(
         self, latents: Tensor, rows: Sequence[Mapping[str, Any]], conditioning: Conditioning, seeds: Sequence[int]
     ) -> dict[str, Any]:
-        """What functions may take, except ``images``; arguments as for `score`."""
+        """What functions may take, except ``images``; arguments as for `score`.
+
+        Raises:
+            ValueError: a column shares its name with another argument; see `check_columns`.
+        """
+        check_columns({name for row in rows for name in row} - {"prompt"}, self.functions)
         return {
             **columns_of(rows),
             **self.settings,

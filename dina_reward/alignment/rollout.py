@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -30,6 +30,8 @@ class Rollout:
             ``i + 1``. Shape ``(batch, ...)``, storage dtype.
         log_probs (`dict[int, Tensor]`): of the recorded steps, shape ``(batch,)``, float32.
         means (`dict[int, Tensor]`): means of the recorded steps' transitions, float32; only where asked for.
+        clean (`dict[int, Tensor]`): ``x_0`` predictions at the recorded states that a stochastic step still follows, storage
+            dtype; only where asked for.
         stochastic (`tuple[int, ...]`): the stochastic steps.
     """
 
@@ -37,6 +39,7 @@ class Rollout:
     states: dict[int, Tensor] = field(default_factory=dict)
     log_probs: dict[int, Tensor] = field(default_factory=dict)
     means: dict[int, Tensor] = field(default_factory=dict)
+    clean: dict[int, Tensor] = field(default_factory=dict)
     stochastic: tuple[int, ...] = ()
 
     @property
@@ -111,10 +114,12 @@ def sample(
     initial_latents: Tensor,
     sampler: Sampler,
     *,
+    start: int = 0,
     stochastic: Sequence[int] = (),
     trained: Sequence[int] | None = None,
     step_noise: Tensor | None = None,
     keep_means: bool = False,
+    keep_clean: bool = False,
     offload: bool = False,
 ) -> Rollout:
     """Denoises a chunk: deterministic steps, stochastic ones where asked for, and a record of those to train. No gradient.
@@ -123,11 +128,13 @@ def sample(
         predict (`PredictFunction`): the policy.
         initial_latents (`Tensor`): standard normal, shape ``(batch, ...)``; their dtype is the storage dtype.
         sampler (`Sampler`): with timesteps on the device of the latents.
+        start: first step to take; ``initial_latents`` are then the states before it.
         stochastic: indices of the stochastic steps, increasing; never the last step.
         trained: those of them to record; all by default.
         step_noise (`Tensor`, *optional*): standard normal, shape ``(batch, len(stochastic), ...)``; needed with stochastic
             steps.
         keep_means: also record the means of the transitions.
+        keep_clean: also record ``x_0`` predictions; see `Rollout.clean`.
         offload: keep recorded states and means in host memory.
 
     Raises:
@@ -140,10 +147,12 @@ def sample(
     rollout = Rollout(initial_latents, stochastic=tuple(stochastic))
     store = _to_host if offload else _identity
     latents = initial_latents
-    for index in range(len(sampler)):
+    for index in range(start, len(sampler)):
         if index in kept:
             rollout.states[index] = store(latents)
         prediction = predict(latents, sampler.timesteps[index].expand(batch))
+        if keep_clean and index in kept and index <= stochastic[-1]:
+            rollout.clean[index] = store(sampler.predict_clean(index, latents, prediction).to(dtype))
         if index not in stochastic:
             latents = sampler.step(index, latents, prediction).to(dtype)
             continue
@@ -155,7 +164,7 @@ def sample(
             rollout.log_probs[index] = step.log_prob
             if keep_means:
                 rollout.means[index] = store(step.transition.mean)
-    return Rollout(latents, rollout.states, rollout.log_probs, rollout.means, rollout.stochastic)
+    return replace(rollout, latents=latents)
 
 
 def _check_steps(

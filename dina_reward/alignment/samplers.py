@@ -20,7 +20,7 @@ from dina_reward.alignment.steps import (
     log_prob,
     transition,
 )
-from dina_reward.noise import flow_matching_scheduler, is_flow_matching
+from dina_reward.noise import check_known_process, flow_matching_scheduler, is_flow_matching
 
 
 SetTimesteps = Callable[[Any, int], None]
@@ -189,9 +189,11 @@ class DDIMSampler(Sampler):
         )
         alphas = torch.cat([fresh.alphas_cumprod[timesteps[:1]], after]).float()
         if not torch.equal(alphas[:-1], fresh.alphas_cumprod[timesteps].float()):
+            raise ValueError(_broken_grid(fresh.config, num_inference_steps))
+        if fresh.config.prediction_type == "epsilon" and float(alphas.min()) < 1e-7:
             raise ValueError(
-                f"{num_inference_steps} DDIM steps with timestep_spacing {fresh.config.timestep_spacing!r} do not lead from "
-                "each timestep to the next one; use timestep_spacing 'leading' and a divisor of num_train_timesteps"
+                "the first timestep is pure noise (rescale_betas_zero_snr), from which a model that predicts epsilon tells "
+                "nothing about the image; set rescale_betas_zero_snr to false, or timestep_spacing to 'leading'"
             )
         return cls(alphas, timesteps.to(device, torch.float32), fresh.config.prediction_type, eta)
 
@@ -225,6 +227,16 @@ class DDIMSampler(Sampler):
         return gaussian_log_prob(transition, next_latents)
 
 
+def _broken_grid(config: Any, steps: int) -> str:
+    spacing, total = config.timestep_spacing, config.num_train_timesteps
+    advice = "use timestep_spacing 'leading' or 'trailing'"
+    if spacing == "trailing":
+        divisors = [number for number in range(1, total + 1) if total % number == 0]
+        below, above = max(n for n in divisors if n <= steps), min(n for n in divisors if n >= min(steps, total))
+        advice = f"choose a divisor of num_train_timesteps {total}, such as {below} or {above}"
+    return f"{steps} DDIM steps with timestep_spacing {spacing!r} do not lead from each timestep to the next one; {advice}"
+
+
 def build_sampler(
     scheduler: Any,
     num_inference_steps: int,
@@ -244,8 +256,9 @@ def build_sampler(
         set_timesteps: grid of a flow-matching scheduler that shifts by image size.
 
     Raises:
-        ValueError: the kind does not fit the scheduler, or ``eta`` does not fit the kind.
+        ValueError: the scheduler is neither DDPM nor flow matching, the kind does not fit it, or ``eta`` the kind.
     """
+    check_known_process(scheduler.config, type(scheduler).__name__)
     flow = is_flow_matching(scheduler.config)
     kind = sde_type or ("cps" if flow else "ddim")
     if (kind == "ddim") == flow:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dina_reward.alignment.advantages import Advantages, PerPromptStatTracker
 from dina_reward.alignment.base import AlignmentTrainer
-from dina_reward.alignment.credit import check_scores_noisy
 from dina_reward.alignment.experience import Experience, RolloutPlan
 from dina_reward.alignment.grpo_config import DDPOConfig, DiffusionGRPOConfig
 from dina_reward.alignment.objectives import ObjectiveOutput, ObjectiveSettings, get_objective, step_kl
@@ -29,9 +28,9 @@ class DiffusionGRPOTrainer(AlignmentTrainer):
     Each generation samples groups of latents that share a prompt, with stochastic steps inside a window, scores the final
     latents and trains on the recorded steps. By configuration: Flow-SDE, Dance-SDE, CPS, or DDIM on DDPM models; random,
     fixed or sliding windows; subsets of steps; guidance; clip-higher; GRPO-Guard; KL to the model without LoRA; step-wise
-    credit from rewards of the noisy states. See `AlignmentTrainer` for the arguments.
+    credit from rewards of the predicted clean latents. See `AlignmentTrainer` for the arguments.
 
-    Example:
+    Examples:
         >>> trainer = DiffusionGRPOTrainer(pipe, reward, DiffusionGRPOConfig("out"), train_dataset=["a cat", "a dog"])
         >>> trainer.train()
     """
@@ -50,8 +49,6 @@ class DiffusionGRPOTrainer(AlignmentTrainer):
         assert args.epsilon_high is not None
         self._objective = get_objective(args.loss_type)
         self._settings = ObjectiveSettings(args.epsilon, args.epsilon_high, args.advantage_clip)
-        if args.credit == "gain":
-            check_scores_noisy(self.rewards.functions)
 
     def _new_sampler(self) -> Sampler:
         args = self.args

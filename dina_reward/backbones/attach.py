@@ -13,6 +13,7 @@ from torch import nn
 
 from dina_reward.backbones.quantization import is_quantized, quantize_blocks
 from dina_reward.backbones.sharing import SharedTensors, copy_module_tree, share_module_tree
+from dina_reward.backbones.wrappers import check_separate_projections, unwrap
 from dina_reward.families import Backbone, ModelFamily, family_of, get_family
 from dina_reward.modeling import LatentRewardConfig
 from dina_reward.noise import NoiseProcess
@@ -105,15 +106,6 @@ def attach_backbone(config: LatentRewardConfig, source: BackboneSource) -> Attac
     return AttachedBackbone(view.eval(), config, noise_process, shared)
 
 
-def unwrap(model: nn.Module) -> Any:
-    """The diffusers model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
-    from accelerate.utils import extract_model_from_parallel
-    from peft import PeftModel
-
-    model = extract_model_from_parallel(model, keep_torch_compile=False)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _generator(family: ModelFamily, source: BackboneSource) -> Any:
     model = source.transformer
     if model is None and source.pipeline is not None:
@@ -126,11 +118,7 @@ def _generator(family: ModelFamily, source: BackboneSource) -> Any:
     if model is None:
         return None
     model = unwrap(model)
-    if any(getattr(module, "fused_projections", False) for module in model.modules()):
-        raise ValueError(
-            "the generator's query, key and value projections are fused, so LoRA layers on them would have no effect; call "
-            "`unfuse_qkv_projections()` before attaching a reward"
-        )
+    check_separate_projections(model)
     found = family_of(model)
     if found is not family:
         raise ValueError(

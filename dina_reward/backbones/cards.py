@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dina_reward.backbones.structures import ModelStructure, published_models
-from dina_reward.families import Conditioning, FeatureSizes
-from dina_reward.modeling import LatentRewardModel, default_lora_config, default_reward_config
+from dina_reward.families import Conditioning, ModelFamily
+from dina_reward.modeling import LatentRewardConfig, LatentRewardModel, default_lora_config, default_reward_config
 
 
 README = Path(__file__).parents[1] / "families" / "README.md"
@@ -118,39 +118,15 @@ def card_of(
     Raises:
         ValueError: a size that the model does not take, or a variant that its family does not support.
     """
-    family = structure.family
-    pipeline = meta_pipeline(structure)
-    denoiser = getattr(pipeline, family.denoiser_attribute)
-    config = dict(denoiser.config)
-    height, width = height or structure.height, width or structure.width
-    if height is None or width is None:
-        side = _sample_size(pipeline, config)
-        height, width = height or side, width or side
-    num_frames = num_frames or structure.num_frames
-    shape = family.latent_shape(pipeline, height, width, config, num_frames=num_frames)
+    family, pipeline, num_frames = structure.family, meta_pipeline(structure), num_frames or structure.num_frames
+    config = dict(getattr(pipeline, family.denoiser_attribute).config)
+    height, width = _image_size(structure, pipeline, config, height, width)
     text_width, pooled_width = family.text_sizes(config)
-    defaults = family.reward_defaults(config)
-    reward_config = default_reward_config(pipeline, backbone_config=config)
-    taps = reward_config.visual_taps
-    backbone = family.build_backbone(
-        denoiser, num_layers=reward_config.num_layers, visual_taps=taps, text_taps=reward_config.text_taps or ()
-    )
+    defaults, reward_config = family.reward_defaults(config), default_reward_config(pipeline, backbone_config=config)
     with torch.device("meta"):
-        latents, timestep = torch.empty(1, *shape), torch.empty(1)
+        latents = torch.empty(1, *family.latent_shape(pipeline, height, width, config, num_frames=num_frames))
         conditioning = _meta_conditioning(structure.text_tokens, text_width, pooled_width)
-        counts = {"denoiser": _parameters(denoiser), "backbone": _parameters(backbone)}
-        # The LoRA goes into modules that backbone and denoiser share, so what runs without it is counted first.
-        jobs: dict[str, Callable[[], Any]] = {
-            "backbone": lambda: backbone(latents, timestep, conditioning),
-            "step": lambda: family.predict_velocity(denoiser, latents, timestep, conditioning, guidance_scale=1.0),
-            "decode": lambda: family.decode_latents(pipeline, latents),
-        }
-        cost = {job: count_flops(run) if flops else None for job, run in jobs.items()}
-        lora_config = default_lora_config(reward_config)
-        model = LatentRewardModel(reward_config, family, backbone, lora_config).requires_grad_(False).eval()
-        cost["reward"] = count_flops(lambda: model(latents, timestep, conditioning)) if flops else None
-    head = _parameters(model.head)
-    lora = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" in name)
+        size = _measure(family, pipeline, reward_config, latents, conditioning, flops)
     return BackboneCard(
         name=structure.name,
         model_id=structure.model_id,
@@ -160,30 +136,87 @@ def card_of(
         published_reward=defaults.published,
         total_blocks=family.num_blocks(config),
         num_layers=reward_config.num_layers,
-        taps=taps,
+        taps=reward_config.visual_taps,
         height=height,
         width=width,
         num_frames=num_frames,
-        latent_shape=shape,
+        latent_shape=tuple(latents.shape[1:]),
         pipeline_latent_shape=tuple(family.pack_latents(latents).shape[1:]),
         text_tokens=structure.text_tokens,
         text_width=text_width,
         pooled_text_width=pooled_width,
         lora_targets=tuple(family.reward_lora_targets),
         lora_rank=defaults.lora_rank,
-        lora_layers=sum(isinstance(module, BaseTunerLayer) for module in model.modules()),
-        head_width=model.head.width,
-        denoiser_parameters=counts["denoiser"],
-        backbone_parameters=counts["backbone"],
-        lora_parameters=lora,
-        head_parameters=head,
-        standalone_bytes=2 * counts["backbone"] + 4 * (lora + head),
-        shared_bytes=4 * (lora + head),
-        backbone_flops=cost["backbone"],
-        reward_flops=cost["reward"],
-        step_flops=cost["step"],
-        decode_flops=cost["decode"],
+        lora_layers=size.lora_layers,
+        head_width=size.head_width,
+        standalone_bytes=2 * size.parameters["backbone"] + size.trained_bytes,
+        shared_bytes=size.trained_bytes,
+        denoiser_parameters=size.parameters["denoiser"],
+        backbone_parameters=size.parameters["backbone"],
+        lora_parameters=size.parameters["lora"],
+        head_parameters=size.parameters["head"],
+        backbone_flops=size.flops["backbone"],
+        reward_flops=size.flops["reward"],
+        step_flops=size.flops["step"],
+        decode_flops=size.flops["decode"],
     )
+
+
+@dataclass(frozen=True)
+class _Size:
+    parameters: dict[str, int]
+    flops: dict[str, int | None]
+    lora_layers: int
+    head_width: int
+
+    @property
+    def trained_bytes(self) -> int:
+        return 4 * (self.parameters["lora"] + self.parameters["head"])
+
+
+def _measure(
+    family: ModelFamily,
+    pipeline: Any,
+    config: LatentRewardConfig,
+    latents: Tensor,
+    conditioning: Conditioning,
+    flops: bool,
+) -> _Size:
+    """Counts parameters of a reward and its generator, and runs both once, all on the meta device."""
+    denoiser, timestep = getattr(pipeline, family.denoiser_attribute), torch.empty(1)
+    backbone = family.build_backbone(
+        denoiser, num_layers=config.num_layers, visual_taps=config.visual_taps, text_taps=config.text_taps or ()
+    )
+
+    def cost(run: Callable[[], Any]) -> int | None:
+        return count_flops(run) if flops else None
+
+    # The LoRA goes into modules that backbone and denoiser share, so what runs without it is counted first.
+    parameters = {"denoiser": _parameters(denoiser), "backbone": _parameters(backbone)}
+    costs = {
+        "backbone": cost(lambda: backbone(latents, timestep, conditioning)),
+        "step": cost(lambda: family.predict_velocity(denoiser, latents, timestep, conditioning, guidance_scale=1.0)),
+        "decode": cost(lambda: family.decode_latents(pipeline, latents)),
+    }
+    model = LatentRewardModel(config, family, backbone, default_lora_config(config)).requires_grad_(False).eval()
+    costs["reward"] = cost(lambda: model(latents, timestep, conditioning))
+    parameters["lora"] = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    parameters["head"] = _parameters(model.head)
+    layers = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+    return _Size(parameters, costs, layers, model.head.width)
+
+
+def _image_size(
+    structure: ModelStructure, pipeline: Any, config: Mapping[str, Any], height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Height and width in pixels: as asked for, else the structure's, else the model's sample size."""
+    height, width = height or structure.height, width or structure.width
+    if height is not None and width is not None:
+        return height, width
+    if not isinstance(config.get("sample_size"), int):
+        raise ValueError("the model's configuration names no image size; give both height and width")
+    side = int(config["sample_size"]) * int(pipeline.vae_scale_factor)
+    return height or side, width or side
 
 
 def meta_pipeline(structure: ModelStructure) -> Any:
@@ -291,16 +324,6 @@ def _diffusers_class(name: str) -> Any:
         return getattr(diffusers, name)
     except AttributeError:
         raise ValueError(f"the installed diffusers {diffusers.__version__} has no class {name}") from None
-
-
-def _sample_size(pipeline: Any, config: Mapping[str, Any]) -> int:
-    if not isinstance(config.get("sample_size"), int):
-        raise ValueError("the model's configuration names no image size; give both height and width")
-    return int(config["sample_size"]) * int(pipeline.vae_scale_factor)
-
-
-def _widest(sizes: FeatureSizes) -> int:
-    return sizes.hidden if isinstance(sizes.hidden, int) else max(sizes.hidden)
 
 
 def _meta_conditioning(tokens: int, width: int, pooled_width: int | None) -> Conditioning:

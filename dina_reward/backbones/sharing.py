@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dina_reward.backbones.quantization import copy_4bit, is_4bit, own_4bit_weight
+from dina_reward.modeling.content import probe
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -38,15 +39,24 @@ class _Link:
 
 
 class SharedTensors:
-    """Remembers which tensor of the second tree belongs to which tensor of the generator.
+    """Remembers which tensor of the second tree belongs to which tensor of the generator, and what it held.
 
-    `check` is called before scoring. It follows the generator to another device or dtype, and refuses to score when
-    its base weights were changed in place, are being trained, or have a LoRA fused into them.
+    `check` is called before scoring. It follows the generator to another device or dtype, and refuses to score when its
+    base weights are others than at the start, are being trained, or have a LoRA fused into them. Much of what rewrites
+    weights (``parameter.data``, `EMAModel.copy_to`, a LoRA that is fused and unloaded) leaves no trace beside the
+    numbers, so these are compared each time: a few evenly spaced elements of every tensor, all at once.
     """
 
     def __init__(self, generator: nn.Module, links: list[_Link]) -> None:
         self._generator = generator
         self._links = links
+        self._remember([probe(link.view) for link in links])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SharedBackboneError(
+            "a reward that shares its generator's tensors cannot be copied or pickled; load it again with "
+            "`from_pretrained`, or with share_backbone=False"
+        )
 
     def check(self) -> bool:
         """Follows the generator's tensors to where they are now.
@@ -55,22 +65,50 @@ class SharedTensors:
             Whether any had moved.
 
         Raises:
-            SharedBackboneError: the tensors no longer are the weights the reward was trained on.
+            SharedBackboneError: the tensors no longer are the weights the reward was attached to.
         """
         moved = False
         _refuse_merged(self._generator)
         for link in self._links:
             _refuse_trained(link.name, link.source, self._generator)
             if link.source._version != link.version:
-                raise SharedBackboneError(
-                    f"the generator's base weight {link.name!r} was changed in place since the reward was attached "
-                    "(full fine-tuning or a state dict loaded over it). A shared reward would drift with it: load the "
-                    "reward with share_backbone=False."
-                )
+                raise _changed(link.name)
             if link.view.data_ptr() != link.source.data_ptr():
+                _refuse_unshareable(link.name, link.source)
                 link.view.data = link.source.data
                 moved = True
+        if moved:
+            self._follow()
+        same = (torch.cat(self._probes).float() - self._content).abs() <= self._tolerance
+        if not bool(same.all()):
+            owner = torch.cat([torch.full((len(view),), i) for i, view in enumerate(self._probes)])
+            raise _changed(self._links[int(owner[~same.cpu()][0])].name)
         return moved
+
+    def _follow(self) -> None:
+        """What the tensors have to hold where they are now: the same, rounded to another dtype if need be."""
+        parts = self._content.split([len(view) for view in self._probes])
+        now = [probe(link.view) for link in self._links]
+        self._remember(now, [part.to(view.device, view.dtype) for part, view in zip(parts, now, strict=True)])
+
+    def _remember(self, probes: list[Tensor], content: list[Tensor] | None = None) -> None:
+        content = probes if content is None else content
+        self._probes = probes
+        self._content = torch.cat(content).float()
+        # A LoRA that was fused and taken out again leaves rounding errors, which count where they are large.
+        slack = [
+            16 * torch.finfo(torch.float32).eps * part.abs().max() * (part.dtype == torch.float32) for part in content
+        ]
+        self._tolerance = torch.cat([s.float().expand(len(part)) for s, part in zip(slack, content, strict=True)])
+
+
+def _changed(name: str) -> SharedBackboneError:
+    return SharedBackboneError(
+        f"the generator's base weight {name!r} no longer is the one that the reward was attached to: it was trained, "
+        "loaded or averaged over, or a LoRA was fused into it (unloading a fused LoRA does not take it out again, and "
+        "unfusing one in 16 bits leaves rounding errors). A shared reward would drift with it: load the reward with "
+        "share_backbone=False."
+    )
 
 
 def share_module_tree(tree: Module, generator: nn.Module) -> tuple[Module, SharedTensors]:
@@ -155,7 +193,8 @@ def _refuse_merged(tree: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise SharedBackboneError(
                 f"the generator has a LoRA fused into its weights (layer {name!r}), so its base weights are not the "
-                "ones the reward was trained on. Call unfuse_lora() on the pipeline first."
+                "ones the reward was trained on. Call unfuse_lora() on the pipeline first (before unload_lora_weights(), "
+                "which leaves what was fused)."
             )
 
 

@@ -12,28 +12,27 @@ from dina_reward.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
-    from dina_reward.checkpoints.convert import convert_checkpoint, read_checkpoint, resolve_checkpoint
+    from dina_reward.checkpoints.convert import (
+        CheckpointSummary,
+        convert_checkpoint,
+        read_checkpoint,
+        resolve_checkpoint,
+        summarize_checkpoint,
+    )
     from dina_reward.checkpoints.native import write_checkpoint
     from dina_reward.checkpoints.parts import Checkpoint, CheckpointError, check_state
 
-_MODULES = {
-    "Checkpoint": "parts",
-    "CheckpointError": "parts",
-    "check_state": "parts",
-    "convert_checkpoint": "convert",
-    "read_checkpoint": "convert",
-    "resolve_checkpoint": "convert",
-    "write_checkpoint": "native",
-}
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "check_state",
-    "convert_checkpoint",
-    "read_checkpoint",
-    "resolve_checkpoint",
-    "write_checkpoint",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "convert": (
+            "CheckpointSummary",
+            "convert_checkpoint",
+            "read_checkpoint",
+            "resolve_checkpoint",
+            "summarize_checkpoint",
+        ),
+        "native": ("write_checkpoint",),
+        "parts": ("Checkpoint", "CheckpointError", "check_state"),
+    },
+)

@@ -33,9 +33,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     The new directory replaces the old one as a whole: files that only the old one had are gone. If the body raises, the
     old directory stays as it was.
 
-    Example:
+    Examples:
         >>> with atomic_directory("my_reward") as directory:
-        ...     model.save_pretrained(directory)
+        ...     reward.save_pretrained(directory)
 
     Args:
         path: directory to create or to replace.

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from dina_reward.checkpoints.native import MODEL_TYPE, NATIVE_FILES, read_native, write_checkpoint
-from dina_reward.checkpoints.parts import CONFIG_FILE, Checkpoint, CheckpointError, read_json
+from dina_reward.checkpoints.native import (
+    HEAD_FILE,
+    MODEL_TYPE,
+    NATIVE_FILES,
+    native_config,
+    read_native,
+    write_checkpoint,
+)
+from dina_reward.checkpoints.parts import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    Checkpoint,
+    CheckpointError,
+    count_parameters,
+    read_json,
+)
 from dina_reward.checkpoints.published import REFERENCE_ADAPTER_DIRECTORY, REFERENCE_HEAD_FILE, read_published
 from dina_reward.modeling import LatentRewardConfig
 
@@ -63,6 +79,36 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         f"{directory / CONFIG_FILE} describes no latent reward: expected model_type {MODEL_TYPE!r} or the published "
         f"reference layout, found keys {sorted(config)[:8]}"
     )
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What is in a checkpoint, without its tensors.
+
+    Args:
+        config: the reward's configuration.
+        lora_rank, lora_alpha: of the LoRA.
+        lora_parameters, head_parameters: counts.
+    """
+
+    config: LatentRewardConfig
+    lora_rank: int
+    lora_alpha: float
+    lora_parameters: int
+    head_parameters: int
+
+
+def summarize_checkpoint(directory: str | os.PathLike[str]) -> CheckpointSummary:
+    """Looks into a checkpoint of either layout; of a native one neither tensors nor PEFT are loaded."""
+    directory = Path(directory)
+    values = read_json(directory / CONFIG_FILE)
+    if values.get("model_type") == MODEL_TYPE:
+        config, lora = native_config(directory, values), read_json(directory / ADAPTER_CONFIG_FILE)
+        counts = [count_parameters(directory / name) for name in (ADAPTER_FILE, HEAD_FILE)]
+        return CheckpointSummary(config, lora["r"], lora["lora_alpha"], *counts)
+    checkpoint = read_checkpoint(directory)
+    counts = [sum(tensor.numel() for tensor in part.values()) for part in (checkpoint.adapter, checkpoint.head)]
+    return CheckpointSummary(checkpoint.config, checkpoint.lora_config.r, checkpoint.lora_config.lora_alpha, *counts)
 
 
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> LatentRewardConfig:

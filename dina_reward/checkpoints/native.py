@@ -42,8 +42,18 @@ CARD_FILE = "README.md"
 NATIVE_FILES = (CONFIG_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE, HEAD_FILE, CARD_FILE)
 
 
-def read_native(directory: Path, values: dict[str, Any]) -> Checkpoint:
+def read_native(directory: Path, values: Mapping[str, Any]) -> Checkpoint:
     """Reads the native format, whose ``config.json`` holds ``values``."""
+    return Checkpoint(
+        config=native_config(directory, values),
+        lora_config=read_lora_config(directory),
+        adapter=read_safetensors(directory / ADAPTER_FILE),
+        head=read_safetensors(directory / HEAD_FILE),
+    )
+
+
+def native_config(directory: Path, values: Mapping[str, Any]) -> LatentRewardConfig:
+    """The reward's configuration, once the format's version and the digests of the other files are right."""
     values = dict(values)
     values.pop("model_type")
     version, digests = values.pop("format_version", None), values.pop("sha256", {})
@@ -60,12 +70,7 @@ def read_native(directory: Path, values: dict[str, Any]) -> Checkpoint:
                 f"{path} is not the file that was saved with {CONFIG_FILE} (its SHA-256 differs): truncated, or "
                 "changed afterwards. Copy the checkpoint again, or save it again from its source."
             )
-    return Checkpoint(
-        config=config,
-        lora_config=read_lora_config(directory),
-        adapter=read_safetensors(directory / ADAPTER_FILE),
-        head=read_safetensors(directory / HEAD_FILE),
-    )
+    return config
 
 
 def write_checkpoint(directory: str | os.PathLike[str], checkpoint: Checkpoint) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dina_reward.modeling import LatentRewardConfig
 
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -92,6 +95,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
+def count_parameters(path: Path) -> int:
+    """Numbers in a safetensors file, of which only the header is read; `CheckpointError` for a damaged one."""
+    try:
+        with safe_open(existing(path), framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
 def read_lora_config(directory: Path) -> LoraConfig:
     """PEFT configuration of an adapter; `CheckpointError` unless it is a LoRA that leaves base weights alone."""
     values = read_json(directory / ADAPTER_CONFIG_FILE)
@@ -102,6 +114,8 @@ def read_lora_config(directory: Path) -> LoraConfig:
             f"{directory / ADAPTER_CONFIG_FILE} has init_lora_weights={values['init_lora_weights']!r}, which alters base "
             "weights; convert the adapter to a plain LoRA with PEFT first"
         )
+    from peft import LoraConfig
+
     known = {f.name for f in fields(LoraConfig)}
     surplus = {key: value for key, value in values.items() if key not in known and value not in (None, False, {}, [])}
     if surplus.keys() - {"peft_version", "qalora_group_size", "megatron_core"}:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dina_reward.backbones.attach import AttachedBackbone, BackboneSource, attach_backbone
+from dina_reward.backbones.sharing import SharedBackboneError
 from dina_reward.checkpoints.convert import read_checkpoint, resolve_checkpoint
 from dina_reward.checkpoints.native import write_checkpoint
 from dina_reward.checkpoints.parts import Checkpoint, check_state
@@ -34,6 +35,12 @@ class PretrainedReward:
         self.config = attached.config
         self.family = get_family(self.config.family)
         self.noise_process = attached.noise_process
+        if attached.shared is not None and (lora_config.bias != "none" or lora_config.modules_to_save):
+            raise SharedBackboneError(
+                f"the reward's adapter has weights of the model itself (bias={lora_config.bias!r}, "
+                f"modules_to_save={lora_config.modules_to_save}), which would overwrite the generator's; load it with "
+                "share_backbone=False"
+            )
         self.model = LatentRewardModel(self.config, self.family, attached.backbone, lora_config)
         self.prompt_encoder = PromptEncoder(
             self.family,

@@ -14,12 +14,9 @@ from dina_reward.lazy import lazy_exports
 if TYPE_CHECKING:
     from dina_reward.cli.app import main
 
-_MODULES = {
-    "main": "app",
-}
-
-__all__ = [
-    "main",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "app": ("main",),
+    },
+)

@@ -84,8 +84,9 @@ def score(
 ) -> None:
     """Scores images or saved latents against prompts, as a table or JSON."""
     from dina_reward.cli.score import ScoreRequest, score_files
+    from dina_reward.data.files import read_lines
 
-    prompts = prompts_file.read_text(encoding="utf-8").splitlines() if prompts_file is not None else (prompt or [])
+    prompts = read_lines(prompts_file) if prompts_file is not None else (prompt or [])
     request = ScoreRequest(
         reward=reward,
         inputs=inputs,
@@ -165,7 +166,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the picture and the table.")] = Path(
         "outputs/demo"
     ),
-    iterations: Annotated[int, typer.Option(min=1, help="Alignment iterations.")] = 30,
+    iterations: Annotated[int, typer.Option(min=1, help="Alignment iterations.")] = 45,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.")] = 0,
 ) -> None:
     """Aligns the embedded generator with the embedded reward on the CPU, in minutes, and shows what happened."""

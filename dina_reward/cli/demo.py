@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -13,6 +15,7 @@ from dina_reward.cli.console import print_table
 from dina_reward.shapes.alignment import (
     EVALUATION_IMAGES,
     EVALUATION_PROMPTS,
+    OPTIMIZER_STEPS_PER_ITERATION,
     AlignmentResult,
     align,
     held_out_prompts,
@@ -20,12 +23,14 @@ from dina_reward.shapes.alignment import (
 from dina_reward.shapes.autoencoder import decode_latents
 from dina_reward.shapes.generator import sample_latents
 from dina_reward.shapes.oracle import Oracle
-from dina_reward.shapes.prompts import sample_prompts
+from dina_reward.shapes.prompts import ATTRIBUTES, SHAPES, Scene, sample_prompts
+from dina_reward.shapes.renderer import IMAGE_SIZE
 from dina_reward.shapes.shipped import load_pipeline, load_reward
 
 
 PICTURE_NAME = "demo.png"
-_ROWS, _COLUMNS = 2, 8
+_EACH = 2
+"""Prompts of each shape in the picture."""
 
 
 def run_demo(output: Path, *, iterations: int, seed: int) -> None:
@@ -80,28 +85,39 @@ def show_result(result: AlignmentResult) -> None:
 
 
 def draw(result: AlignmentResult, path: Path) -> Path:
-    """Draws the same held-out prompts and noise before and after, and the curves of reward and oracle."""
+    """Draws held-out prompts before and after, from the same noise, with the oracle's reading, and the curves.
+
+    Shown are the first prompts of the evaluation that ask for each shape, so many for each: no picture is chosen.
+    """
     from matplotlib.figure import Figure
 
     first, last = result.history[0], result.history[-1]
-    figure = Figure(figsize=(15, 6.2), layout="constrained")
-    samples, curves = figure.subfigures(1, 2, width_ratios=(2.1, 1))  # type: ignore[misc]
-    figure.suptitle("Flow-GRPO on a latent reward: held-out prompts, the same noise, no pixel decoded in training")
-    axes = samples.subplots(2 * _ROWS, _COLUMNS)
-    prompts = held_out_prompts()[: _ROWS * _COLUMNS]
-    for offset, record in enumerate((first, last)):
+    prompts = held_out_prompts()[:EVALUATION_IMAGES]
+    shown = shown_prompts(prompts)
+    figure = Figure(figsize=(17, 4.8), layout="constrained")
+    samples, curves = figure.subfigures(1, 2, width_ratios=(3.1, 1))  # type: ignore[misc]
+    axes = samples.subplots(2, len(shown))
+    for row, (name, record) in enumerate((("before", first), ("after", last))):
         assert record.picture is not None
-        grid = Image.open(result.output_dir / record.picture)
-        for number, tile in enumerate(grid_tiles(grid, EVALUATION_IMAGES, len(prompts))):
-            row, column = divmod(number, _COLUMNS)
-            _draw_tile(axes[2 * row + offset, column], tile, ("before", "after")[offset] if column == 0 else "")
-            if offset == 0:
-                axes[2 * row, column].set_title(_wrapped(prompts[number]), fontsize=8)
-    samples.suptitle(f"oracle fit {first.metrics['fit']:.2f} before, {last.metrics['fit']:.2f} after", fontsize=10)
+        tiles = grid_tiles(Image.open(result.output_dir / record.picture), EVALUATION_IMAGES)
+        for column, number in enumerate(shown):
+            _draw_tile(axes[row, column], tiles[number], prompts[number])
+        axes[row, 0].set_ylabel(f"{name}\nfit {record.metrics['fit']:.2f}", fontsize=13)
+    for column, number in enumerate(shown):
+        axes[0, column].set_title(_wrapped(prompts[number]), fontsize=9, fontweight="bold")
+    samples.suptitle(
+        "Told what to draw: a generator before and after DiffusionNFT on a latent reward (held-out prompts, same noise)"
+    )
     _draw_curves(curves.subplots(), result.history)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return path
+
+
+def shown_prompts(prompts: Sequence[str]) -> list[int]:
+    """Numbers of the prompts in the picture: the first `_EACH` of each shape, shape by shape."""
+    shapes = [Scene.parse(prompt).shape for prompt in prompts]
+    return [number for shape in SHAPES for number in [i for i, s in enumerate(shapes) if s == shape][:_EACH]]
 
 
 def _wrapped(prompt: str) -> str:
@@ -110,19 +126,37 @@ def _wrapped(prompt: str) -> str:
     return f"{thing}\non {background.removesuffix(' background')}"
 
 
-def _draw_tile(axes, tile: Image.Image, label: str) -> None:  # type: ignore[no-untyped-def]
-    axes.imshow(tile)
+def _draw_tile(axes, tile: Image.Image, prompt: str) -> None:  # type: ignore[no-untyped-def]
+    """A tile, and under it the four things that the prompt asks for, each with a tick or a cross."""
+    axes.imshow(tile, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
-    axes.set_ylabel(label)
+    side = min(tile.size)
+    image = torch.from_numpy(np.array(tile.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)))
+    right = Oracle()(image.permute(2, 0, 1)[None] / 255, [prompt]).attributes[0].tolist()
+    scene = Scene.parse(prompt)
+    for place, (name, fits) in enumerate(zip(ATTRIBUTES, right, strict=True)):
+        row, column = divmod(place, 2)
+        axes.text(
+            side * (0.02 + 0.52 * column),
+            side * (1.1 + 0.14 * row),
+            f"{'✓' if fits else '✗'} {getattr(scene, name)}",
+            color="tab:green" if fits else "tab:red",
+            fontsize=9,
+            va="center",
+        )
 
 
 def _draw_curves(axes, history: list[EvaluationRecord]) -> None:  # type: ignore[no-untyped-def]
-    steps = [record.step for record in history]
-    for metric, style in (("fit", "o-"), ("cleanness", "s--")):
-        axes.plot(steps, [record.metrics[metric] for record in history], style, label=f"oracle {metric}")
-    axes.set(xlabel="optimizer step", ylabel=f"oracle, {EVALUATION_PROMPTS} held-out prompts", ylim=(0, 1))
+    iterations = [record.step / OPTIMIZER_STEPS_PER_ITERATION for record in history]
+    for metric, style, label in (
+        ("fit", "o-", "oracle: share of what was asked for"),
+        ("cleanness", "s--", "oracle: cleanness"),
+    ):
+        axes.plot(iterations, [record.metrics[metric] for record in history], style, label=label)
+    axes.set(xlabel="iterations", ylabel=f"oracle, {EVALUATION_PROMPTS} held-out prompts", ylim=(0, 1))
     rewards = axes.twinx()
-    rewards.plot(steps, [record.metrics["reward"] for record in history], "^:", color="tab:red", label="latent reward")
-    rewards.set_ylabel("latent reward (raw)", color="tab:red")
+    values = [record.metrics["reward"] for record in history]
+    rewards.plot(iterations, values, "^:", color="tab:red", label="latent reward (trained on)")
+    rewards.set_ylabel("latent reward (raw score)", color="tab:red")
     lines = [*axes.get_lines(), *rewards.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
+    axes.legend(lines, [str(line.get_label()) for line in lines], loc="lower right", fontsize=8)

@@ -64,6 +64,22 @@ def evaluate(
         str, typer.Option(help="How levels are combined: tokens, mean, or both, separated by a comma.")
     ] = "tokens",
     draws: Annotated[str, typer.Option(help="Numbers of noise draws, separated by commas.")] = "1",
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Report accuracy, margin and calibration by the values of this column, too; repeat it. "
+            "Default: source and resolution.",
+            show_default=False,
+        ),
+    ] = None,
+    ensemble_advice: Annotated[
+        bool,
+        typer.Option(
+            "--ensemble-advice",
+            help="Say which ensemble pays for each latent reward: score every level under four noise draws (or --draws), "
+            "and levels with shared noise and noise of their own.",
+        ),
+    ] = False,
     ties: Annotated[
         str | None,
         typer.Option(help="Tie convention: half, imagereward, hpdv2, pickscore, dina_lrm. Default: the benchmark's."),
@@ -91,6 +107,7 @@ def evaluate(
     """
     from dina_reward.cli.eval_run import EvalRequest, run_evaluation, write_evaluation
     from dina_reward.evaluation import comparison_table
+    from dina_reward.evaluation.comparison import DEFAULT_COLUMNS
 
     request = EvalRequest(
         rewards=list(rewards or ()),
@@ -108,6 +125,8 @@ def evaluate(
         ensembles=_ensembles(ensembles),
         kinds=_kinds(ensemble_kind),
         draws=[_whole(count) for count in _numbers(draws, "--draws")],
+        by=by or DEFAULT_COLUMNS,
+        advice=ensemble_advice,
         ties=ties,
         tie_threshold=tie_threshold,
         resamples=resamples,

@@ -24,10 +24,13 @@ from dina_reward.evaluation import (
     Scorer,
     Setting,
     comparison_table,
+    ensemble_advice,
     evaluate_scorers,
     evaluation_settings,
     plot_comparison,
 )
+from dina_reward.evaluation.comparison import DEFAULT_COLUMNS, ScorerReport
+from dina_reward.evaluation.pair_table import OWN_COLUMNS, as_preference
 from dina_reward.evaluation.readable import pairs_of
 from dina_reward.modeling.scoring import Ensemble
 from dina_reward.reward import LatentReward
@@ -36,6 +39,7 @@ from dina_reward.reward import LatentReward
 SHAPES = "shapes"
 _SHAPES_PAIRS = 2000
 _PAIRS_PER_POOLED_LATENT = 15
+_ADVICE_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class EvalRequest:
     ensembles: Sequence[Sequence[float]] = ((0.2, 0.5, 0.7),)
     kinds: Sequence[Ensemble] = ("tokens",)
     draws: Sequence[int] = (1,)
+    by: Sequence[str] = DEFAULT_COLUMNS
+    advice: bool = False
     ties: str | None = None
     tie_threshold: float | None = None
     resamples: int = 1000
@@ -105,6 +111,7 @@ def run_evaluation(request: EvalRequest, entrants: Sequence[Entrant] | None = No
         [entrant.scorer for entrant in entrants],
         opened.pairs,
         pipeline=[entrant.pipeline for entrant in entrants],
+        by=request.by,
         ties=ties,
         tie_threshold=request.tie_threshold,
         dataset=f"{request.dataset.rstrip('/')} ({request.split})",
@@ -112,7 +119,34 @@ def run_evaluation(request: EvalRequest, entrants: Sequence[Entrant] | None = No
         batch_size=request.batch_size,
         seed=request.seed,
     )
+    if request.advice:
+        comparison = replace(comparison, rewards=_with_advice(request, comparison, entrants, opened.pairs))
     return replace(comparison, notes=(*comparison.notes, *opened.notes()))
+
+
+def _with_advice(
+    request: EvalRequest, comparison: Comparison, entrants: Sequence[Entrant], pairs: Any
+) -> tuple[ScorerReport, ...]:
+    """The reports, those of latent rewards with advice on ensembles, under four noise draws or as many as are asked for."""
+    draws = max(_ADVICE_DRAWS, *request.draws, *map(len, request.ensembles))
+    reports = []
+    for report, entrant in zip(comparison.rewards, entrants, strict=True):
+        if isinstance(entrant.scorer, LatentScorer):
+            advice = ensemble_advice(
+                entrant.scorer.reward,
+                pairs,
+                noise_levels=request.levels,
+                ensembles=request.ensembles,
+                draws=draws,
+                pipeline=entrant.pipeline,
+                ties=comparison.ties,
+                resamples=request.resamples,
+                batch_size=request.batch_size,
+                seed=request.seed,
+            )
+            report = replace(report, advice=advice)
+        reports.append(report)
+    return tuple(reports)
 
 
 def write_evaluation(comparison: Comparison, directory: Path) -> None:
@@ -160,6 +194,7 @@ def open_dataset(request: EvalRequest, pipeline: Any | None) -> OpenedDataset:
         image_root=request.image_root,
         seed=request.seed,
         min_confidence=request.min_confidence,
+        columns=[name for name in request.by if name not in OWN_COLUMNS],
     )
     return OpenedDataset(pairs_of(reader, limit), reader.schema, reader.report)
 
@@ -178,10 +213,8 @@ def shapes_pairs(request: EvalRequest, pipeline: Any | None) -> list[Preference]
     pairs = []
     for row in sample_pairs(pool, split, count, request.seed):
         if max(row["p_chosen"], 1 - row["p_chosen"]) >= least:
-            kinds = sorted(row["kind"].split("-"), key=SOURCES.index)
-            pairs.append(
-                Preference(row["prompt"], row["chosen"], row["rejected"], row["p_chosen"], source=" - ".join(kinds))
-            )
+            sources = " - ".join(sorted(row["kind"].split("-"), key=SOURCES.index))
+            pairs.append(replace(as_preference(row)[0], source=sources))
     return pairs
 
 
@@ -224,7 +257,7 @@ def _latent_entrant(reward: str, loader: _Loader, settings: Sequence[Setting], n
 
 
 def _import(dotted: str) -> Any:
-    from dina_reward.recipes import import_function
+    from dina_reward.recipes.alignment import import_function
 
     return import_function(dotted)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,41 +116,34 @@ def _scaled(value: int, base: int, unit: str) -> str:
 
 
 def _show_reward(target: str, as_json: bool) -> None:
-    from dina_reward.checkpoints import read_checkpoint, resolve_checkpoint
+    from dina_reward.checkpoints import resolve_checkpoint, summarize_checkpoint
 
     directory = resolve_checkpoint(reward_path(target))
-    checkpoint = read_checkpoint(directory)
-    config, lora = checkpoint.config, checkpoint.lora_config
+    found = summarize_checkpoint(directory)
+    config = found.config
+    if as_json:
+        card = {
+            "directory": str(directory),
+            **config.to_dict(),
+            "lora": {"rank": found.lora_rank, "alpha": found.lora_alpha},
+            "parameters": {"LoRA": found.lora_parameters, "head": found.head_parameters},
+        }
+        print(json.dumps([card], indent=2))
+        return
     likelihood = "Bradley-Terry"
     if config.likelihood == "thurstone":
         likelihood = f"Thurstone, variance {config.variance_scale} sigma^2 + {config.variance_offset}"
-    parameters = {"LoRA": _count(checkpoint.adapter), "head": _count(checkpoint.head)}
-    if as_json:
-        adapter = {"rank": lora.r, "alpha": lora.lora_alpha}
-        print(
-            json.dumps(
-                [{"directory": str(directory), **config.to_dict(), "lora": adapter, "parameters": parameters}],
-                indent=2,
-            )
-        )
-        return
     head = f"{config.head.num_queries} queries" if config.head.kind == "query" else config.head.kind
-    print_table(
-        str(directory),
-        ("", ""),
-        [
-            ("family", config.family),
-            ("backbone", config.backbone_model_id or "not recorded"),
-            ("blocks", f"{config.num_layers}, image taps {config.visual_taps}, text taps {config.text_taps}"),
-            ("LoRA", f"rank {lora.r}, alpha {lora.lora_alpha}, {parameters['LoRA']:,} parameters"),
-            ("head", f"{head}, {parameters['head']:,} parameters"),
-            ("default noise level", str(config.noise_level)),
-            ("likelihood", likelihood),
-            ("normalised score", f"(raw + {config.score_shift}) / {config.score_scale}"),
-            ("max sequence length", str(config.max_sequence_length or "the pipeline's")),
-        ],
-    )
-
-
-def _count(state: Mapping[str, Any]) -> int:
-    return sum(tensor.numel() for tensor in state.values())
+    lora = f"rank {found.lora_rank}, alpha {found.lora_alpha}"
+    rows = [
+        ("family", config.family),
+        ("backbone", config.backbone_model_id or "not recorded"),
+        ("blocks", f"{config.num_layers}, image taps {config.visual_taps}, text taps {config.text_taps}"),
+        ("LoRA", f"{lora}, {found.lora_parameters:,} parameters"),
+        ("head", f"{head}, {found.head_parameters:,} parameters"),
+        ("default noise level", str(config.noise_level)),
+        ("likelihood", likelihood),
+        ("normalised score", f"(raw + {config.score_shift}) / {config.score_scale}"),
+        ("max sequence length", str(config.max_sequence_length or "the pipeline's")),
+    ]
+    print_table(str(directory), ("", ""), rows)

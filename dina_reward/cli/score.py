@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dina_reward.checkpoints import read_checkpoint, resolve_checkpoint
 from dina_reward.cli.console import pipeline_path, reward_path
+from dina_reward.data.files import decode_image
 from dina_reward.modeling.scoring import Ensemble
 from dina_reward.noise.draws import fold_seed
 from dina_reward.reward import LatentReward
@@ -118,11 +118,9 @@ def _read(path: Path, prompt: str, reward: LatentReward, pipeline: Any) -> list[
     if path.suffix == ".safetensors":
         latents = _read_latents(path).to(reward.device)
         return [_Item(f"{path.name}[{i}]", prompt, row, False) for i, row in enumerate(latents)]
-    try:
-        with Image.open(path) as image:
-            latents = reward.family.encode_images(pipeline, [image.convert("RGB")])
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is neither an image nor a .safetensors file with latents") from error
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give images, or .safetensors files with latents")
+    latents = reward.family.encode_images(pipeline, [decode_image(path, str(path))])
     return [_Item(path.name, prompt, latents[0], True)]
 
 

@@ -6,55 +6,35 @@ and `readers.read_preferences`; the cache, `cache.build_cache`, loads on first u
 
 from typing import TYPE_CHECKING
 
-from dina_reward.data.broken import BrokenRowError, BrokenRows
-from dina_reward.data.preference import Preference
-from dina_reward.data.readers import PreferenceReader, read_preferences
-from dina_reward.data.records import PreferenceBatch, PreferencePair, collate_preferences
-from dina_reward.data.storage import LatentPreferenceDataset, load_preferences, preference_rows
 from dina_reward.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
+    from dina_reward.data.broken import BrokenRowError, BrokenRows
     from dina_reward.data.buckets import Bucket, BucketRule
     from dina_reward.data.cache import CacheReport, build_cache
     from dina_reward.data.cache_manifest import CacheSettings
     from dina_reward.data.cached import CachedPreferences
     from dina_reward.data.latent_rows import LatentRows
+    from dina_reward.data.preference import Preference
+    from dina_reward.data.readers import PreferenceReader, read_preferences
+    from dina_reward.data.records import PreferenceBatch, PreferencePair, collate_preferences
     from dina_reward.data.sampler import BucketBatchSampler, bucketed_loader
+    from dina_reward.data.storage import LatentPreferenceDataset, load_preferences, preference_rows
 
-_MODULES = {
-    "Bucket": "buckets",
-    "BucketBatchSampler": "sampler",
-    "BucketRule": "buckets",
-    "CacheReport": "cache",
-    "CacheSettings": "cache_manifest",
-    "CachedPreferences": "cached",
-    "LatentRows": "latent_rows",
-    "bucketed_loader": "sampler",
-    "build_cache": "cache",
-}
-
-__all__ = [
-    "BrokenRowError",
-    "BrokenRows",
-    "Bucket",
-    "BucketBatchSampler",
-    "BucketRule",
-    "CacheReport",
-    "CacheSettings",
-    "CachedPreferences",
-    "LatentPreferenceDataset",
-    "LatentRows",
-    "Preference",
-    "PreferenceBatch",
-    "PreferencePair",
-    "PreferenceReader",
-    "bucketed_loader",
-    "build_cache",
-    "collate_preferences",
-    "load_preferences",
-    "preference_rows",
-    "read_preferences",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "broken": ("BrokenRowError", "BrokenRows"),
+        "preference": ("Preference",),
+        "readers": ("PreferenceReader", "read_preferences"),
+        "records": ("PreferenceBatch", "PreferencePair", "collate_preferences"),
+        "storage": ("LatentPreferenceDataset", "load_preferences", "preference_rows"),
+        "buckets": ("Bucket", "BucketRule"),
+        "cache": ("CacheReport", "build_cache"),
+        "cache_manifest": ("CacheSettings",),
+        "cached": ("CachedPreferences",),
+        "latent_rows": ("LatentRows",),
+        "sampler": ("BucketBatchSampler", "bucketed_loader"),
+    },
+)

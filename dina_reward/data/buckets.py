@@ -29,7 +29,7 @@ from PIL import Image
 class Bucket:
     """An image size in pixels.
 
-    Example:
+    Examples:
         >>> Bucket.parse("1248x832")
         Bucket(width=1248, height=832)
     """

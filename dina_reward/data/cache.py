@@ -120,7 +120,7 @@ def build_cache(
 ) -> CacheReport:
     """Encodes a dataset, or finishes what an interrupted call has begun; several processes share the work.
 
-    Example:
+    Examples:
         >>> build_cache(read_preferences("pairs.json"), pipeline, "cache")
         >>> rows = CachedPreferences("cache")
 

@@ -37,7 +37,7 @@ class CachedPreferences(Dataset[dict[str, Any]]):
     Latents differ in shape between buckets; `dina_reward.data.BucketBatchSampler` makes batches of one bucket.
     Objects may be pickled into data loader workers, which map the files anew.
 
-    Example:
+    Examples:
         >>> rows = CachedPreferences("cache")
         >>> sampler = BucketBatchSampler(rows.bucket_of, batch_size=4, seed=0, num_replicas=1, rank=0)
         >>> loader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate_preferences)

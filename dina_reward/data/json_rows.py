@@ -16,6 +16,8 @@ from typing import IO, Any
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from dina_reward.data.files import is_text, text_encoding
+
 
 BATCH_ROWS = 20_000
 BLOCK = 1 << 22
@@ -40,10 +42,10 @@ def read_json_rows(path: Path) -> tuple[pa.Table, dict[int, str]]:
     A column whose values have several types is stored as JSON text (type ``pyarrow.json_()``).
 
     Args:
-        path: the file, UTF-8.
+        path: the file: UTF-8, or UTF-16 or 32 with a BOM.
 
     Returns:
-        The table, and for each record that is no object (or a line that is no JSON) its index and what is wrong.
+        The table, and for each record that is no object or no text (or a line that is no JSON) its index and the reason.
         Such records are rows of nulls.
 
     Raises:
@@ -53,7 +55,8 @@ def read_json_rows(path: Path) -> tuple[pa.Table, dict[int, str]]:
     tables: list[pa.Table] = []
     rows = 0
     with (
-        path.open(encoding="utf-8-sig") as file,
+        # Bytes of another encoding become halves of characters, by which their records are known as damaged.
+        path.open(encoding=text_encoding(path), errors="surrogateescape") as file,
         tqdm(
             total=path.stat().st_size,
             desc=f"reading {path.name}",
@@ -70,7 +73,15 @@ def read_json_rows(path: Path) -> tuple[pa.Table, dict[int, str]]:
                     reason = getattr(record, "reason", f"the record is no object but {type(record).__name__}")
                     damaged[rows + index] = reason
                     batch[index] = {}
-            tables.append(_table(batch))
+            try:
+                table = _table(batch)
+            except UnicodeEncodeError:
+                for index, record in enumerate(batch):
+                    if not is_text(json.dumps(record, ensure_ascii=False)):
+                        damaged[rows + index] = "its text holds half of a character, or is not UTF-8"
+                        batch[index] = {}
+                table = _table(batch)
+            tables.append(table)
             rows += len(batch)
     if not any(name for table in tables for name in table.column_names):
         raise ValueError(f"{path} holds no records")
@@ -107,6 +118,8 @@ def _list_items(file: IO[str], buffer: str, path: Path, progress: Any) -> Iterat
                 item, position = decode(buffer, position)
             except json.JSONDecodeError as error:
                 problem = str(error)
+            except (RecursionError, ValueError) as error:
+                raise ValueError(f"{path} is no valid JSON: an item is nested too deeply, or {error}") from error
             else:
                 expects_item = False
                 yield item
@@ -128,7 +141,7 @@ def _lines(file: IO[str], buffer: str, path: Path, progress: Any) -> Iterator[An
                 continue
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 if first:
                     raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}") from None
                 yield DamagedRecord(f"the line is no JSON: {error}")

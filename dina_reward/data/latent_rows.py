@@ -24,7 +24,7 @@ class LatentRows(Dataset[dict[str, Any]]):
     out and counted. A row that proves broken when it is read is counted in the reader's report; another pair of its shape
     takes its place with weight 0, so that it adds nothing to the loss.
 
-    Example:
+    Examples:
         >>> rows = LatentRows(read_preferences("latents/index.csv", min_confidence=0.95, max_pairs_per_prompt=8))
 
     Args:

@@ -7,7 +7,8 @@ into training rows (`dina_reward.data.records`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dina_reward.data.sides import Side
@@ -26,6 +27,7 @@ class Preference:
         source: where the pair comes from, e.g. the two generators; accuracy can be reported for each source.
         group: id of the prompt or ranking; pairs that share it are not independent.
         a_name, b_name: stable ids of the sides (path or uid), the same wherever the same image occurs.
+        columns: further columns of the dataset, such as the prompt's category; an evaluation reports by their values.
     """
 
     prompt: str
@@ -37,6 +39,7 @@ class Preference:
     group: str = ""
     a_name: str = ""
     b_name: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.p_a <= 1:
@@ -51,9 +54,12 @@ class Preference:
             chosen, rejected: latents of ``a`` and ``b``; the sides themselves when not given.
         """
         return {
+            **self.columns,
             "prompt": self.prompt,
             "chosen": self.a if chosen is None else chosen,
             "rejected": self.b if rejected is None else rejected,
             "p_chosen": self.p_a,
             "weight": self.weight,
+            "source": self.source,
+            "group": self.group,
         }

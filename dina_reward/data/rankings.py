@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import overload
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Ranking:
         names: stable ids of the images.
         ranks: lower is better; ties and gaps occur.
         image: reads the image of that number.
+        columns: further columns of the dataset, of the first image's row.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class Ranking:
     names: tuple[str, ...]
     ranks: tuple[float, ...]
     image: Callable[[int], Side]
+    columns: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +60,7 @@ def read_preferences(
     max_broken: float = 0.01,
     soft_labels: bool = True,
     dimension: str = "Overall",
+    columns: Sequence[str] = (),
 ) -> PreferenceReader:
     """Opens a preference dataset of any published schema.
 
@@ -76,9 +77,12 @@ def read_preferences(
         max_broken: share of broken rows up to which they are left out, counted and reported.
         soft_labels: vote counts become the share of votes; False makes the majority certain (a tie stays 0.5).
         dimension: which judgement of VideoGen-RewardBench to read: VQ, MQ, TA or Overall.
+        columns: further columns of the dataset to hand on in `Preference.columns`; of a pair that is stored in two rows,
+            those of the row that comes first.
 
     Raises:
-        ValueError: nothing readable there, no schema fits, too many rows are broken, or no pair is left.
+        ValueError: nothing readable there, no schema fits, a column is missing, too many rows are broken, or no pair is
+            left.
     """
     for name, value in (("max_broken", max_broken), ("min_confidence", min_confidence)):
         if value is not None and not 0 <= value <= 1:
@@ -91,18 +95,23 @@ def read_preferences(
     found = find_schema(opened.dataset.column_names, schema)
     if dimension != "Overall" and dimension not in found.dimensions:
         raise ValueError(f"the schema {found.name!r} has the dimensions {list(found.dimensions)}, not {dimension!r}")
-    columns = Columns(opened.dataset)
-    columns.defects.mark_rows(opened.damaged)
-    index = found.index(columns, Options(soft_labels, dimension))
-    report = columns.defects.report(max_broken)
+    missing = [name for name in columns if name not in opened.dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"{opened.name} has no column {missing}; it has {', '.join(sorted(opened.dataset.column_names))}"
+        )
+    typed = Columns(opened.dataset)
+    typed.defects.mark_rows(opened.damaged)
+    index = found.index(typed, Options(soft_labels, dimension))
+    report = typed.defects.report(max_broken)
     report.check()
-    kept = _kept_pairs(index, columns, report, min_confidence, max_pairs_per_prompt, seed)
+    kept = _kept_pairs(index, typed, report, min_confidence, max_pairs_per_prompt, seed)
     if len(kept) == 0:
         raise ValueError(f"{opened.name} (schema {found.name!r}) has no pair left:\n{report}")
     if report.count:
         logger.warning("%s: %s", opened.name, report)
     root = opened.folder if image_root is None else Path(image_root)
-    return PreferenceReader(opened, found, index, kept, seed, report, root)
+    return PreferenceReader(opened, found, index, kept, seed, report, root, tuple(columns))
 
 
 class PreferenceReader(Dataset[Preference]):
@@ -118,6 +127,7 @@ class PreferenceReader(Dataset[Preference]):
         seed: decides which side becomes ``a``.
         report: what was left out.
         image_root: folder of relative paths.
+        columns: further columns to hand on.
     """
 
     def __init__(
@@ -129,9 +139,10 @@ class PreferenceReader(Dataset[Preference]):
         seed: int,
         report: BrokenRows,
         image_root: Path | None,
+        columns: tuple[str, ...] = (),
     ) -> None:
         self.name, self.schema, self.report, self.image_root = opened.name, schema.name, report, image_root
-        self.pair_numbers = kept
+        self.pair_numbers, self.columns = kept, columns
         self._index = index
         swapped = swapped_sides(seed, len(index))[kept]
         self._swapped = swapped
@@ -139,7 +150,7 @@ class PreferenceReader(Dataset[Preference]):
         p_first = np.asarray(index.p_first, np.float64)[kept]
         weight = np.ones(len(kept)) if index.weight is None else index.weight[kept]
         self.labels = Labels(np.where(swapped, 1 - p_first, p_first).astype(np.float32), weight.astype(np.float32))
-        self._table = _columns_of(opened.dataset, index).with_format("arrow")
+        self._table = _columns_of(opened.dataset, index, columns).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.pair_numbers)
@@ -151,7 +162,8 @@ class PreferenceReader(Dataset[Preference]):
             BrokenRowError: a side cannot be read (a `ValueError` that names the row and the path).
         """
         (a, b), (table_a, table_b) = self._sides(index)
-        prompt, source, group = self._texts(table_a if not self._swapped[index] else table_b, index)
+        first = table_a if not self._swapped[index] else table_b
+        prompt, source, group = self._texts(first, index)
         return Preference(
             prompt=prompt,
             a=self._read(a, table_a, index),
@@ -162,6 +174,7 @@ class PreferenceReader(Dataset[Preference]):
             group=group,
             a_name=self._name(a, table_a, index),
             b_name=self._name(b, table_b, index),
+            columns=self._further(first),
         )
 
     def names(self, index: int) -> tuple[str, str]:
@@ -222,7 +235,14 @@ class PreferenceReader(Dataset[Preference]):
 
         names = tuple(self._name(side, table, item) for item, table in enumerate(tables))
         prompt = str(stored_value(tables[0].column(self._index.prompt_column)))
-        return Ranking(prompt, self._group(tables[0], row), names, tuple(float(rank) for rank in ranks), image)
+        return Ranking(
+            prompt,
+            self._group(tables[0], row),
+            names,
+            tuple(float(rank) for rank in ranks),
+            image,
+            self._further(tables[0]),
+        )
 
     def _sides(self, index: int) -> tuple[tuple[SideIndex, SideIndex], tuple[pa.Table, pa.Table]]:
         if not -len(self) <= index < len(self):
@@ -242,6 +262,13 @@ class PreferenceReader(Dataset[Preference]):
             models = [_word(table, name) for name in self._index.model_columns]
             source = " / ".join(sorted(models)) if all(models) else ""
         return prompt, source or self.schema, self._group(table, int(self._first.rows[index]))
+
+    def _further(self, table: pa.Table) -> dict[str, Any]:
+        """The further columns of a row; nothing where one has no value."""
+        values = {name: stored_value(table.column(name)) for name in self.columns}
+        return {
+            name: None if isinstance(v, str) and v.strip().lower() in NO_VALUE else v for name, v in values.items()
+        }
 
     def _group(self, table: pa.Table, row: int) -> str:
         column = self._index.group_column
@@ -301,9 +328,9 @@ def _kept_pairs(
     return kept
 
 
-def _columns_of(dataset: datasets.Dataset, index: PairIndex) -> datasets.Dataset:
-    """The columns that reading a pair needs."""
-    names = {index.prompt_column, "source", *(index.model_columns or ())}
+def _columns_of(dataset: datasets.Dataset, index: PairIndex, further: Sequence[str]) -> datasets.Dataset:
+    """The columns that reading a pair needs, and further ones."""
+    names = {index.prompt_column, "source", *(index.model_columns or ()), *further}
     names |= {index.group_column} if index.group_column is not None else set()
     for side in (index.first, index.second):
         names |= {name for name in (side.column, side.name_column, side.shape_column) if name is not None}

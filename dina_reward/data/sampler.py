@@ -31,7 +31,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     `accelerate.skip_first_batches` and `transformers.Trainer` do; not by both. A loader with workers draws ahead of
     training: save ``state_dict(batches=those trained)`` then.
 
-    Example:
+    Examples:
         >>> sampler = BucketBatchSampler(rows.bucket_of, 4, seed=0, num_replicas=8, rank=0)
         >>> for epoch in range(2):
         ...     sampler.set_epoch(epoch)

@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from dina_reward.data.files import decode_image, to_rgb
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def read_image(value: Stored, image_root: Path | None = None) -> Image.Image:
         ValueError: there is no image, or it cannot be read; the message names its path.
     """
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        return to_rgb(value)
     data, path = _bytes_and_path(value)
     file: Path | io.BytesIO
     if data is None:
@@ -94,11 +96,7 @@ def read_image(value: Stored, image_root: Path | None = None) -> Image.Image:
         _check_file(file)
     else:
         file, where = io.BytesIO(data), f"{len(data)} bytes" + (f" of {path}" if path else "")
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the image cannot be read ({where}): {error}") from error
+    return decode_image(file, where)
 
 
 def read_video(value: Stored, image_root: Path | None = None) -> VideoFile:

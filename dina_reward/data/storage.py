@@ -31,7 +31,7 @@ PROMPTS_NAME = "prompts.json"
 class LatentPreferenceDataset(Dataset[dict[str, Any]]):
     """Preferences whose latents all have one shape, held in memory; a row is a preference record.
 
-    Example:
+    Examples:
         >>> dataset = LatentPreferenceDataset(prompts, chosen=better_latents, rejected=worse_latents)
         >>> dataset.save("preferences")
         >>> dataset = LatentPreferenceDataset.load("preferences")

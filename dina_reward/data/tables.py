@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dina_reward.data.files import text_encoding
 from dina_reward.data.json_rows import read_json_rows
 
 
@@ -144,11 +145,19 @@ def _read_csv(file: Path) -> Any:
     import pyarrow as pa
     from pyarrow import csv
 
-    with file.open(encoding="utf-8-sig", errors="replace") as text:
+    encoding = text_encoding(file)
+    with file.open(encoding=encoding, errors="replace") as text:
         names = next(iter(text), "").strip().replace('"', "").split(",")
     types = {name: pa.string() for name in names if name not in INDEX_COLUMNS[1:]}
-    options = csv.ConvertOptions(column_types=types)
-    return csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=options)
+    try:
+        return csv.read_csv(
+            file,
+            read_options=csv.ReadOptions(encoding="utf8" if encoding == "utf-8-sig" else encoding),
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=csv.ConvertOptions(column_types=types),
+        )
+    except (pa.ArrowInvalid, UnicodeError) as error:
+        raise ValueError(f"{file} cannot be read as csv: {error}; save it as UTF-8") from error
 
 
 def _indexed_rows(index: datasets.Dataset, folder: Path) -> datasets.Dataset:

@@ -1,4 +1,4 @@
-"""How good is a reward: pairwise accuracy by noise level, tie conventions, calibration, slices, cost, pictures.
+"""How good is a reward: accuracy by noise level and by column, calibration, which ensemble pays, cost, pictures.
 
 Nothing here trains, and a scorer is any callable. Begin at `comparison.evaluate_scorers` for several rewards side by
 side, at `report.evaluate_preferences` for one.
@@ -14,9 +14,13 @@ from dina_reward.evaluation.accuracy import (
 )
 from dina_reward.evaluation.benchmarks import BenchmarkRow, benchmark_rows, benchmark_table
 from dina_reward.evaluation.calibration import Calibration, CalibrationBin, measure_calibration
+from dina_reward.evaluation.cells import FEW_PAIRS, Cell
 from dina_reward.evaluation.clip import ClipReward
 from dina_reward.evaluation.comparison import Comparison, ScorerReport, SettingReport, evaluate_scorers
 from dina_reward.evaluation.comparison_plots import plot_comparison
+from dina_reward.evaluation.draw_scores import DrawMargins, score_draws
+from dina_reward.evaluation.ensemble_advice import EnsembleAdvice, EnsembleGain, Gain, advise, ensemble_advice
+from dina_reward.evaluation.margin_variance import MarginVariance, margin_variances
 from dina_reward.evaluation.pair_scores import PairProtocol, PairScores, score_batch, score_pairs
 from dina_reward.evaluation.plots import plot_evaluation
 from dina_reward.evaluation.report import EvaluationReport, evaluate_preferences, report_from_scores
@@ -30,16 +34,23 @@ from dina_reward.evaluation.variance import calibrate_variance, fit_variance
 
 __all__ = [
     "BENCHMARK_TIES",
+    "FEW_PAIRS",
     "TIE_CONVENTIONS",
     "Accuracy",
     "BenchmarkRow",
     "Calibration",
     "CalibrationBin",
     "CallableScorer",
+    "Cell",
     "ClipReward",
     "Comparison",
+    "DrawMargins",
+    "EnsembleAdvice",
+    "EnsembleGain",
     "EvaluationReport",
+    "Gain",
     "LatentScorer",
+    "MarginVariance",
     "PairProtocol",
     "PairScores",
     "ScoredPairs",
@@ -49,14 +60,17 @@ __all__ = [
     "SettingReport",
     "TieConvention",
     "accuracy_by_noise",
+    "advise",
     "benchmark_rows",
     "benchmark_table",
     "calibrate_variance",
     "comparison_table",
+    "ensemble_advice",
     "evaluate_preferences",
     "evaluate_scorers",
     "evaluation_settings",
     "fit_variance",
+    "margin_variances",
     "measure_calibration",
     "pairwise_accuracy",
     "plot_comparison",
@@ -64,6 +78,7 @@ __all__ = [
     "report_from_scores",
     "score_batch",
     "score_dataset",
+    "score_draws",
     "score_pairs",
     "tune_tie_threshold",
 ]

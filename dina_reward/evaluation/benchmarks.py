@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from dina_reward.evaluation.tables import markdown, percent
+from dina_reward.evaluation.markdown import markdown, percent
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ _CELLS_AT_ONCE = 10_000_000
 class ClusterBootstrap:
     """Resamples of clusters, drawn once from a seed.
 
-    Example:
+    Examples:
         >>> bootstrap = ClusterBootstrap(prompts, resamples=1000, seed=0)
-        >>> low, high = bootstrap.interval(bootstrap.means(credit))
+        >>> low, high = bootstrap.interval(bootstrap.means(credit))[0]
 
     Args:
         clusters: cluster of each pair.

@@ -73,13 +73,18 @@ def measure_calibration(probabilities: Tensor, p_chosen: Tensor, *, num_bins: in
     confidence, outcome = torch.where(p >= 0.5, p, 1 - p), torch.where(p >= 0.5, q, 1 - q)
     bins = _bins(confidence, outcome, num_bins)
     gaps = [bin_.count * abs(bin_.confidence - bin_.frequency) for bin_ in bins if bin_.count]
-    clipped = p.clamp(_CLIP, 1 - _CLIP)
     return Calibration(
         bins=bins,
         expected_calibration_error=sum(gaps) / len(p),
-        nll=float(-(q * clipped.log() + (1 - q) * (1 - clipped).log()).mean()),
+        nll=float(pair_nll(p, q).mean()),
         brier=float((p - q).square().mean()),
     )
+
+
+def pair_nll(probabilities: Tensor, p_chosen: Tensor) -> Tensor:
+    """``-q log p - (1 - q) log(1 - p)`` of each pair, in nats, elementwise, with ``p`` kept from 0 and 1."""
+    p = probabilities.double().clamp(_CLIP, 1 - _CLIP)
+    return -(p_chosen * p.log() + (1 - p_chosen) * (1 - p).log())
 
 
 def _bins(confidence: Tensor, outcome: Tensor, num_bins: int) -> tuple[CalibrationBin, ...]:

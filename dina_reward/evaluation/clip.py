@@ -23,7 +23,7 @@ class ClipReward:
     Probabilities are those it was trained with: ``P(a > b) = softmax of the two scores``, so
     ``CallableScorer(reward, likelihood="bradley_terry")`` measures their calibration.
 
-    Example:
+    Examples:
         >>> pickscore = ClipReward.from_pretrained("yuvalkirstain/PickScore_v1", device="cuda")
         >>> pickscore(images, ["a red circle on a white background"])
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from dina_reward.data.preference import Preference
-from dina_reward.evaluation.accuracy import Accuracy, TieConvention, pair_credit, pairwise_accuracy, ranking_weights
-from dina_reward.evaluation.bootstrap import ClusterBootstrap
+from dina_reward.evaluation.accuracy import Accuracy, TieConvention
 from dina_reward.evaluation.calibration import Calibration, measure_calibration
+from dina_reward.evaluation.cells import CellAnalysis, Cells
+from dina_reward.evaluation.columns import select_columns
 from dina_reward.evaluation.cost import Cost
 from dina_reward.evaluation.distribution import ScoreDistribution, describe_scores
+from dina_reward.evaluation.ensemble_advice import EnsembleAdvice
+from dina_reward.evaluation.markdown import plain
 from dina_reward.evaluation.pair_table import PairTable
 from dina_reward.evaluation.scored_pairs import ScoredPairs, score_dataset
 from dina_reward.evaluation.scorers import Scorer
@@ -25,9 +27,8 @@ from dina_reward.evaluation.variance import fit_variance
 from dina_reward.likelihood import ThurstoneModel
 
 
-MAX_SLICES = 40
-REST = "all others"
-"""Name of the sources or resolutions that are too many to be listed one by one."""
+DEFAULT_COLUMNS = ("source", "resolution")
+"""The columns that accuracy is reported by unless others are named."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SettingReport:
         threshold: of predicted ties.
         calibration: of the reward's likelihood; ``None`` where it has none.
         distribution: of the raw scores.
-        by_source, by_resolution: accuracy of the pairs of each source and resolution.
+        by: by column and value, the figures of the pairs that share it.
     """
 
     setting: Setting
@@ -48,8 +49,7 @@ class SettingReport:
     threshold: TieThreshold
     calibration: Calibration | None
     distribution: ScoreDistribution
-    by_source: dict[str, Accuracy]
-    by_resolution: dict[str, Accuracy]
+    by: Cells
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class ScorerReport:
         cost: seconds and memory.
         fitted_variance: Thurstone variance of the least mean NLL over the single levels, for choosing ``variance_scale`` and
             ``variance_offset``; ``None`` for other likelihoods, for a single level, and where none fits. See `fit_variance`.
+        advice: which ensemble pays, where that was asked for; see `ensemble_advice`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ScorerReport:
     settings: dict[str, SettingReport]
     cost: Cost
     fitted_variance: ThurstoneModel | None = None
+    advice: EnsembleAdvice | None = None
 
     @property
     def headline(self) -> str:
@@ -123,7 +125,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary for JSON; what cannot be computed is ``None``."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class AnalysisOptions:
         resamples: of the bootstrap.
         num_bins: of the reliability curve.
         seed: of resampling and of the half that a threshold is tuned on.
+        by: columns whose values the pairs are grouped by.
     """
 
     ties: TieConvention
@@ -143,6 +146,7 @@ class AnalysisOptions:
     resamples: int = 1000
     num_bins: int = 10
     seed: int = 0
+    by: tuple[str, ...] = DEFAULT_COLUMNS
 
 
 def evaluate_scorers(
@@ -150,6 +154,7 @@ def evaluate_scorers(
     pairs: Iterable[Preference | Mapping[str, Any]],
     *,
     pipeline: Any | Sequence[Any] | None = None,
+    by: str | Sequence[str] = DEFAULT_COLUMNS,
     ties: str | TieConvention = "half",
     tie_threshold: float | None = None,
     dataset: str = "preferences",
@@ -161,7 +166,7 @@ def evaluate_scorers(
 ) -> Comparison:
     """Evaluates rewards on one dataset.
 
-    Example:
+    Examples:
         >>> scorers = [LatentScorer(reward), CallableScorer(ClipReward.from_pretrained("yuvalkirstain/PickScore_v1"))]
         >>> comparison = evaluate_scorers(scorers, read_preferences("pairs.json"), pipeline=pipe, ties="pickscore")
         >>> print(comparison_table(comparison))
@@ -170,6 +175,8 @@ def evaluate_scorers(
         scorers: with different names.
         pairs: `Preference` records or training rows; it is gone through once for every scorer, so not a generator.
         pipeline: encodes images and decodes latents; one for all, or one per scorer.
+        by: columns of the dataset; accuracy, margin and calibration are reported for each of their values, too, so that a
+            total hides no blind spot. ``source``, ``resolution``, ``group``, ``prompt`` and whatever else the records have.
         ties: tie convention, see `TIE_CONVENTIONS`; `BENCHMARK_TIES` has the one of each benchmark.
         tie_threshold: margins of at most this size are predicted ties. Default: zero; under a convention that tunes it
             (``pickscore``), tuned for each reward and setting on half of the prompts, and reported on the other half.
@@ -181,18 +188,20 @@ def evaluate_scorers(
         progress: show progress bars.
 
     Raises:
-        ValueError: no scorers, repeated names, unusable pairs, or a ranking convention on pairs without groups.
+        ValueError: no scorers, repeated names, unusable pairs, a column that the dataset lacks, or a ranking convention on
+            pairs without groups.
     """
     names = [scorer.name for scorer in scorers]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"rewards need different names, and there must be at least one; got {names}")
     pipelines = list(pipeline) if isinstance(pipeline, list | tuple) else [pipeline] * len(names)
+    columns = (by,) if isinstance(by, str) else tuple(by)
+    options: dict[str, Any] = {"columns": columns, "batch_size": batch_size, "seed": seed, "progress": progress}
     scored = [
-        score_dataset(scorer, pairs, pipeline=own, batch_size=batch_size, seed=seed, progress=progress)
-        for scorer, own in zip(scorers, pipelines, strict=True)
+        score_dataset(scorer, pairs, pipeline=own, **options) for scorer, own in zip(scorers, pipelines, strict=True)
     ]
-    options = AnalysisOptions(TieConvention.named(ties), tie_threshold, resamples, num_bins, seed)
-    return compare(list(zip(scorers, scored, strict=True)), options, dataset=dataset)
+    analysis = AnalysisOptions(TieConvention.named(ties), tie_threshold, resamples, num_bins, seed, columns)
+    return compare(list(zip(scorers, scored, strict=True)), analysis, dataset=dataset)
 
 
 def compare(
@@ -225,20 +234,23 @@ def compare(
 
 
 class _Analysis:
-    """What all rewards and settings share: the pairs that are reported, their resamples and slices."""
+    """What all rewards and settings share: the pairs that are reported, their resamples and cells."""
 
     def __init__(self, table: PairTable, options: AnalysisOptions, held: np.ndarray) -> None:
-        self.table, self.options, self.held = table, options, held
-        self.kept = np.flatnonzero(~held)
-        self.rankings = [table.groups[pair] for pair in self.kept] if options.ties.per_ranking else None
-        clusters = table.clusters
-        self.bootstrap = ClusterBootstrap(
-            [clusters[pair] for pair in self.kept], resamples=options.resamples, seed=options.seed
+        self.table, self.options, self.held, self.kept = table, options, held, torch.from_numpy(~held)
+
+        def reported(values: Sequence[object]) -> list[object]:
+            return [value for value, left_out in zip(values, held, strict=True) if not left_out]
+
+        self.cells = CellAnalysis(
+            {name: reported(values) for name, values in select_columns(options.by, table.columns).items()},
+            reported(table.clusters),
+            ties=options.ties,
+            rankings=reported(table.groups) if options.ties.per_ranking else None,
+            resamples=options.resamples,
+            seed=options.seed,
+            num_bins=options.num_bins,
         )
-        self.slices = {
-            "source": self._slices([table.sources[pair] for pair in self.kept]),
-            "resolution": self._slices([table.resolutions[pair] for pair in self.kept]),
-        }
         self.resampled: dict[tuple[str, str], np.ndarray] = {}
 
     def report(self, scorer: Scorer, scored: ScoredPairs) -> ScorerReport:
@@ -246,18 +258,23 @@ class _Analysis:
         probabilities = scorer.probabilities(margins)
         settings = {}
         for column, setting in enumerate(scorer.settings):
+            predicted = None if probabilities is None else probabilities[:, column]
             threshold = self._threshold(margins[:, column], labels)
-            accuracies = self._accuracies((scorer.name, setting.name), margins[:, column], labels, threshold.value)
+            accuracy, cells, self.resampled[scorer.name, setting.name] = self.cells.measure(
+                margins[self.kept, column],
+                labels[self.kept],
+                threshold=threshold.value,
+                probabilities=None if predicted is None else predicted[self.kept],
+            )
             settings[setting.name] = SettingReport(
                 setting=setting,
-                accuracy=accuracies[0],
+                accuracy=accuracy,
                 threshold=threshold,
                 calibration=None
-                if probabilities is None
-                else measure_calibration(probabilities[:, column], labels, num_bins=self.options.num_bins),
+                if predicted is None
+                else measure_calibration(predicted, labels, num_bins=self.options.num_bins),
                 distribution=describe_scores(scored.scores[:, column]),
-                by_source=accuracies[1],
-                by_resolution=accuracies[2],
+                by=cells,
             )
         return ScorerReport(
             scorer.name, scorer.likelihood, settings, scored.cost, _fitted_variance(scorer, margins, labels)
@@ -267,7 +284,7 @@ class _Analysis:
         """Headline settings on the same resamples."""
         one, other = ((each.name, each.headline) for each in (report, baseline))
         drawn = self.resampled[one] - self.resampled[other]
-        low, high = self.bootstrap.interval(drawn[:, None])[0]
+        low, high = self.cells.bootstrap.interval(drawn[:, None])[0]
         values = [each.settings[each.headline].accuracy.value for each in (report, baseline)]
         return Difference(one, other, values[0] - values[1], (float(low), float(high)))
 
@@ -278,54 +295,6 @@ class _Analysis:
             return TieThreshold()
         value = tune_tie_threshold(margins[self.held], labels[self.held], self.options.ties)
         return TieThreshold(value, "tuned", int(self.held.sum()))
-
-    def _accuracies(
-        self, key: tuple[str, str], margins: Any, labels: Any, threshold: float
-    ) -> tuple[Accuracy, dict[str, Accuracy], dict[str, Accuracy]]:
-        """Accuracy of all reported pairs, and by source and resolution, each with its interval."""
-        margins, labels = margins[self.kept], labels[self.kept]
-        credit = pair_credit(margins, labels, self.options.ties, threshold).numpy()
-        slices = [np.ones(len(credit), dtype=bool)]
-        slices += [rows for group in self.slices.values() for rows in group.values()]
-        columns = np.stack([np.where(rows, credit, np.nan) for rows in slices], axis=1)
-        counted = ~np.isnan(credit)
-        weights = None
-        if self.rankings is not None:
-            weights = np.stack([self._weights(rows & counted) for rows in slices], axis=1)
-        drawn = self.bootstrap.means(columns, weights)
-        self.resampled[key] = drawn[:, 0]
-        results = [
-            replace(self._accuracy(margins, labels, threshold, rows), interval=(float(low), float(high)))
-            for rows, (low, high) in zip(slices, self.bootstrap.interval(drawn), strict=True)
-        ]
-        rest = iter(results[1:])
-        by_source, by_resolution = ({name: next(rest) for name in group} for group in self.slices.values())
-        return results[0], by_source, by_resolution
-
-    def _accuracy(self, margins: Any, labels: Any, threshold: float, rows: np.ndarray) -> Accuracy:
-        rankings = None
-        if self.rankings is not None:
-            rankings = [ranking for ranking, inside in zip(self.rankings, rows, strict=True) if inside]
-        return pairwise_accuracy(
-            margins[rows], labels[rows], ties=self.options.ties, tie_threshold=threshold, rankings=rankings
-        )
-
-    def _weights(self, rows: np.ndarray) -> np.ndarray:
-        """Weight of each pair within the rankings of a slice, zero outside it."""
-        assert self.rankings is not None
-        weights = np.zeros(len(rows))
-        inside = [self.rankings[row] for row in np.flatnonzero(rows)]
-        weights[rows] = ranking_weights(inside).numpy()
-        return weights
-
-    @staticmethod
-    def _slices(names: list[str]) -> dict[str, np.ndarray]:
-        """Rows of each named part, the largest first; small parts beyond `MAX_SLICES` become one."""
-        counts = Counter(name for name in names if name)
-        large = [name for name, _ in counts.most_common(MAX_SLICES)]
-        shown = [name if name in large or not name else REST for name in names]
-        values = np.array(shown, dtype=object)
-        return {name: values == name for name in (*large, REST) if name in shown}
 
 
 def _fitted_variance(scorer: Scorer, margins: Any, labels: Any) -> ThurstoneModel | None:
@@ -354,11 +323,3 @@ def _notes(table: PairTable, options: AnalysisOptions, held: np.ndarray) -> tupl
     if len(set(table.clusters)) < 2:
         notes.append("all pairs are of one prompt, so there is no confidence interval")
     return tuple(notes)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

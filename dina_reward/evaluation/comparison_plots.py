@@ -1,4 +1,4 @@
-"""One page of plots of a comparison: accuracy by level, reliability, score distribution, accuracy by source."""
+"""One page of plots of a comparison: accuracy by level, reliability, score distribution, accuracy by column."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from dina_reward.evaluation.accuracy import Accuracy
 from dina_reward.evaluation.comparison import Comparison, ScorerReport, SettingReport
+from dina_reward.evaluation.plots import accuracy_rows, cell_label
 
 
 COLORS = ("#20639b", "#c8553d", "#3c896d", "#8e5ea2", "#b8860b", "#4d4d4d", "#17becf", "#d16ba5")
 _MAX_ROWS = 12
-_NAME = 38
 _DRAW_STYLES = ("-", "--", ":", "-.")
 
 
@@ -26,8 +26,10 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Non
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure: Any = Figure(figsize=(13, 9.5), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1))
+    shown = _columns_with_parts(comparison)
+    more = -(-max(len(shown) - 1, 0) // 2)
+    figure: Any = Figure(figsize=(13, 9.5 + 4.2 * more), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    top, bottom, *further = figure.subfigures(2 + more, 1, squeeze=False)[:, 0]
     ensembles = _ensemble_names(comparison)
     if ensembles:
         axes = top.subplots(1, 3, width_ratios=(2.4, max(1.1, 0.45 * len(ensembles)), 2.2))
@@ -39,7 +41,10 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Non
     _reliability_panel(axes[-1], comparison)
     left, right = bottom.subplots(1, 2, width_ratios=(2.4, 3.3))
     _distribution_panel(left, comparison)
-    _slices_panel(right, comparison)
+    _cells_panel(right, comparison, shown[0])
+    for row, columns in zip(further, (shown[i : i + 2] for i in range(1, len(shown), 2)), strict=True):
+        for axis, column in zip(row.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+            _cells_panel(axis, comparison, column)
     figure.suptitle(
         f"{shorten(comparison.dataset, 70, placeholder='...')}: {comparison.pairs:,} pairs of "
         f"{comparison.prompts:,} prompts, tie convention {comparison.ties.name!r}, 95 % bootstrap intervals",
@@ -49,6 +54,13 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> Non
     names = [shorten(f"{reward.name} (headline: {reward.headline})", 70) for reward in comparison.rewards]
     figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _columns_with_parts(comparison: Comparison) -> list[str]:
+    """Columns of more than one value; one of those with a single value where there are no others."""
+    first = comparison.rewards[0]
+    by = first.settings[first.headline].by
+    return [name for name, cells in by.items() if len(cells) > 1] or [name for name, cells in by.items() if cells][:1]
 
 
 def _level_panel(axes: Any, comparison: Comparison) -> None:
@@ -185,24 +197,21 @@ def _distribution_panel(axes: Any, comparison: Comparison) -> None:
     axes.legend(frameon=False, loc="upper left", fontsize=8)
 
 
-def _slices_panel(axes: Any, comparison: Comparison) -> None:
-    """Accuracy by source, or by resolution where the dataset names no sources."""
-    first = comparison.rewards[0].settings[comparison.rewards[0].headline]
-    title, attribute = ("source", "by_source") if first.by_source else ("resolution", "by_resolution")
-    pairs = {name: result.pairs for name, result in getattr(first, attribute).items()}
-    names = sorted(pairs, key=lambda name: -pairs[name])[:_MAX_ROWS]
+def _cells_panel(axes: Any, comparison: Comparison, column: str) -> None:
+    """Accuracy of the parts of a column."""
+    first = comparison.rewards[0]
+    cells = dict(list(first.settings[first.headline].by[column].items())[:_MAX_ROWS])
     for number, reward in enumerate(comparison.rewards):
-        results = [getattr(reward.settings[reward.headline], attribute)[name] for name in names]
-        values, errors = _values(results)
+        results = [reward.settings[reward.headline].by[column][name].accuracy for name in cells]
         offset = 0.6 / len(comparison.rewards) * (number - (len(comparison.rewards) - 1) / 2)
-        places = [index + offset for index in range(len(names))]
-        axes.errorbar(values, places, xerr=errors, fmt="o", ms=4, capsize=2.5, color=COLORS[number % len(COLORS)])
-    labels = [f"{shorten(name, _NAME, placeholder='...')} ({pairs[name]:,})" for name in names]
-    axes.set_yticks(range(len(names)), labels, fontsize=9)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    left_out = len(pairs) - len(names)
+        accuracy_rows(axes, results, color=COLORS[number % len(COLORS)], offset=offset)
+        total = reward.settings[reward.headline].accuracy.value
+        axes.axvline(100 * total, color=COLORS[number % len(COLORS)], ls=":", lw=1.2)
+    axes.set_yticks(range(len(cells)), [cell_label(name, cell) for name, cell in cells.items()], fontsize=9)
+    axes.set_ylim(len(cells) - 0.4, -0.6)
+    left_out = len(first.settings[first.headline].by[column]) - len(cells)
     more = f"; {left_out} smaller ones are in the JSON" if left_out else ""
-    axes.set(xlabel="pairwise accuracy (%)", title=f"Accuracy by {title} (number of pairs{more})")
+    axes.set(xlabel="pairwise accuracy (%)", title=f"Accuracy by {column} (pairs{more}; dotted: all)")
     axes.grid(alpha=0.3)
 
 

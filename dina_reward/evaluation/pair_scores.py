@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dina_reward.data.records import PreferenceBatch, collate_preferences
+from dina_reward.evaluation.columns import plain_columns, select_columns
 from dina_reward.likelihood import PreferenceModel, ensemble_level
 from dina_reward.noise.draws import fold_seed
 
@@ -67,6 +68,8 @@ class PairScores:
         p_chosen (`Tensor`): labels, shape ``(pairs,)``.
         protocol (`PairProtocol`): how they were made; names the settings.
         preference_model (`PreferenceModel`): the reward's likelihood.
+        prompts: one per pair, where they are known; pairs of one prompt are resampled together.
+        columns: by name, further columns of the dataset, one value per pair.
     """
 
     chosen: Tensor
@@ -74,6 +77,8 @@ class PairScores:
     p_chosen: Tensor
     protocol: PairProtocol
     preference_model: PreferenceModel
+    prompts: Sequence[str] = ()
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
     @property
     def margins(self) -> Tensor:
@@ -95,6 +100,22 @@ class PairScores:
         if setting not in self.protocol.settings:
             raise ValueError(f"no setting {setting!r}; this evaluation has {', '.join(self.protocol.settings)}")
         return self.protocol.settings.index(setting)
+
+    def select(self, pairs: Tensor) -> PairScores:
+        """The scores of some of the pairs, with their prompts and columns.
+
+        Args:
+            pairs: which ones, bool, shape ``(pairs,)``.
+        """
+        rows = pairs.nonzero().flatten().tolist()
+        return replace(
+            self,
+            chosen=self.chosen[pairs],
+            rejected=self.rejected[pairs],
+            p_chosen=self.p_chosen[pairs],
+            prompts=[self.prompts[row] for row in rows] if self.prompts else (),
+            columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
+        )
 
 
 @torch.no_grad()
@@ -131,6 +152,7 @@ def score_pairs(
     pairs: Iterable[Mapping[str, Any]],
     protocol: PairProtocol | None = None,
     *,
+    columns: Sequence[str] = (),
     batch_size: int = 8,
     progress: bool = True,
 ) -> PairScores:
@@ -140,18 +162,27 @@ def score_pairs(
         reward: the reward.
         pairs: preference records (see `dina_reward.data`): a dataset, a list, any iterable.
         protocol: levels, ensemble and seed; defaults to the published benchmark's levels.
+        columns: columns of the dataset to keep beside the scores, for `report_from_scores`.
         batch_size: pairs per batch; does not change results.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no pairs, or an unusable record.
+        ValueError: no pairs, an unusable record, or a column that the first record lacks.
     """
     protocol = protocol or PairProtocol()
     total = len(pairs) if isinstance(pairs, Sized) else None
     chosen, rejected, p_chosen, position = [], [], [], 0
+    prompts: list[str] = []
+    kept: dict[str, list[object]] = {name: [] for name in columns}
     with tqdm(total=total, desc="scoring pairs", unit="pair", disable=not progress) as bar:
         for records in _batches(pairs, batch_size):
             batch = collate_preferences(records)
+            plain = [plain_columns(record) for record in records] if columns else []
+            if plain and not position:
+                select_columns(columns, dict.fromkeys(plain[0], ()))
+            for name, values in kept.items():
+                values.extend(row.get(name) for row in plain)
+            prompts.extend(batch["prompts"])
             with reward.prompt_encoder.given(batch["prompts"], batch["conditioning"]):
                 scores = score_batch(reward, batch, protocol, position)
             chosen.append(scores[0].cpu())
@@ -161,7 +192,15 @@ def score_pairs(
             bar.update(len(records))
     if not chosen:
         raise ValueError("got no preference pairs to evaluate")
-    return PairScores(torch.cat(chosen), torch.cat(rejected), torch.cat(p_chosen), protocol, reward.preference_model)
+    return PairScores(
+        torch.cat(chosen),
+        torch.cat(rejected),
+        torch.cat(p_chosen),
+        protocol,
+        reward.preference_model,
+        prompts,
+        kept,
+    )
 
 
 def _batches(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:

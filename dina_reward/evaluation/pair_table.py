@@ -1,18 +1,22 @@
-"""What an evaluation knows of each pair besides its scores: label, prompt, ranking, source, resolution."""
+"""What an evaluation knows of each pair besides its scores: label, prompt, ranking, source, resolution, further columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dina_reward.data.preference import Preference
 from dina_reward.data.records import PreferencePair, check_columns
+from dina_reward.evaluation.columns import plain_columns, select_columns, text_of
+
+
+OWN_COLUMNS = ("prompt", "source", "group", "resolution")
+"""Columns that every table of pairs has, if only as empty text."""
 
 
 @dataclass
@@ -24,6 +28,7 @@ class PairTable:
         p_a: labels in ``[0, 1]``.
         a, b: rows of the two sides among the samples.
         names: ids of the two sides, empty where the dataset has none.
+        further: by name, further columns of the dataset that cells are made of.
     """
 
     prompts: list[str] = field(default_factory=list)
@@ -34,6 +39,7 @@ class PairTable:
     a: list[int] = field(default_factory=list)
     b: list[int] = field(default_factory=list)
     names: list[tuple[str, str]] = field(default_factory=list)
+    further: dict[str, list[object]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.p_a)
@@ -49,12 +55,27 @@ class PairTable:
         rows = zip(self.prompts, self.groups, strict=True)
         return [prompt or group or number for number, (prompt, group) in enumerate(rows)]
 
+    @property
+    def columns(self) -> dict[str, Sequence[object]]:
+        """What pairs can be grouped by, one value per pair."""
+        own = zip(OWN_COLUMNS, (self.prompts, self.sources, self.groups, self.resolutions), strict=True)
+        return {**self.further, **dict(own)}
+
     def margins(self, scores: Tensor) -> Tensor:
         """Score of ``a`` minus score of ``b``, shape ``(pairs, settings)``, from ``(samples, settings)``."""
         return scores[self.a] - scores[self.b]
 
-    def add(self, pair: Preference, bucket: str, rows: tuple[int, int]) -> None:
-        """Appends a pair whose sides are the samples ``rows``."""
+    def add(self, pair: Preference, bucket: str, rows: tuple[int, int], columns: Sequence[str] = ()) -> None:
+        """Appends a pair whose sides are the samples ``rows``, with these further columns where it has them.
+
+        Raises:
+            ValueError: the first pair lacks one of the columns; the message names those there are.
+        """
+        if not len(self):
+            select_columns(columns, dict.fromkeys((*pair.columns, *OWN_COLUMNS), ()))
+        for name in columns:
+            if name not in OWN_COLUMNS:
+                self.further.setdefault(name, []).append(pair.columns.get(name))
         self.prompts.append(pair.prompt)
         self.sources.append(pair.source)
         self.groups.append(pair.group)
@@ -80,7 +101,7 @@ def as_preference(record: Preference | Mapping[str, Any]) -> tuple[Preference, s
     """A canonical record and its bucket (empty for none), from one, or from a row of training data.
 
     Rows have ``prompt``, ``chosen``, ``rejected`` (latents or images) and optionally ``p_chosen``, ``weight``, ``source``,
-    ``group``, ``bucket``, ``chosen_name`` and ``rejected_name``.
+    ``group``, ``bucket``, ``chosen_name`` and ``rejected_name``; what else they have are the record's further columns.
 
     Raises:
         ValueError: the row is unusable.
@@ -88,8 +109,9 @@ def as_preference(record: Preference | Mapping[str, Any]) -> tuple[Preference, s
     if isinstance(record, Preference):
         return record, ""
     check_columns(record.keys())
-    texts = {name: _text(record.get(name)) for name in ("source", "group", "bucket", "chosen_name", "rejected_name")}
-    common = {
+    texts = {name: text_of(record.get(name)) for name in ("source", "group", "bucket", "chosen_name", "rejected_name")}
+    common: dict[str, Any] = {
+        "columns": {name: value for name, value in plain_columns(record).items() if name not in texts},
         "source": texts["source"],
         "group": texts["group"],
         "a_name": texts["chosen_name"],
@@ -116,11 +138,3 @@ def _size(side: Any) -> str:
     if isinstance(side, Tensor):
         return "latent " + "x".join(str(length) for length in (*side.shape[1:-2], side.shape[-1], side.shape[-2]))
     return "video"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, np.ndarray | Tensor) and value.ndim:
-        value = tuple(int(number) for number in value)
-    return "x".join(str(part) for part in value) if isinstance(value, tuple | list) else str(value)

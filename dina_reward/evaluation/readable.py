@@ -69,6 +69,7 @@ class RankedPairs:
                 group=ranking.group,
                 a_name=ranking.names[a],
                 b_name=ranking.names[b],
+                columns=ranking.columns,
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,7 @@ def score_dataset(
     pairs: Iterable[Preference | Mapping[str, Any]],
     *,
     pipeline: Any | None = None,
+    columns: Sequence[str] = (),
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = True,
@@ -76,12 +77,14 @@ def score_dataset(
         scorer: what scores.
         pairs: `Preference` records, or rows of training data.
         pipeline: diffusers pipeline that encodes or decodes.
+        columns: columns of the dataset to keep in the table, for reporting by their values.
         batch_size: samples of one shape per pass.
         seed: seed of the noise.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no pairs, a record that cannot be used, or a pipeline is needed and not given.
+        ValueError: no pairs, a record that cannot be used, a column that the first of them lacks, or a pipeline is needed
+            and not given.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -89,7 +92,7 @@ def score_dataset(
     reset_peak_memory()
     total = len(pairs) if isinstance(pairs, Sized) else None
     bar = tqdm(pairs, total=total, desc=scorer.name, unit="pair", disable=not progress)
-    for samples in _batches(_new_samples(bar, table, seed), batch_size):
+    for samples in _batches(_new_samples(bar, table, seed, columns), batch_size):
         _score(scorer, samples, pipeline, results)
     if not len(table):
         raise ValueError("got no preference pairs to evaluate")
@@ -97,7 +100,9 @@ def score_dataset(
     return ScoredPairs(scores, table, _cost(scorer, results, batch_size))
 
 
-def _new_samples(pairs: Iterable[Preference | Mapping[str, Any]], table: PairTable, seed: int) -> Iterator[_Sample]:
+def _new_samples(
+    pairs: Iterable[Preference | Mapping[str, Any]], table: PairTable, seed: int, columns: Sequence[str]
+) -> Iterator[_Sample]:
     """Adds every pair to the table and gives those of its sides that have not been seen."""
     rows: dict[Hashable, int] = {}
     for position, record in enumerate(pairs):
@@ -111,7 +116,7 @@ def _new_samples(pairs: Iterable[Preference | Mapping[str, Any]], table: PairTab
                 rows[key] = len(rows)
                 fresh.append(_Sample(rows[key], side, pair.prompt, noise_seed))
             found.append(rows[key])
-        table.add(pair, bucket, (found[0], found[1]))
+        table.add(pair, bucket, (found[0], found[1]), columns)
         yield from fresh
 
 

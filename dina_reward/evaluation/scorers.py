@@ -74,7 +74,7 @@ class LatentScorer(Scorer):
     levels share them. Its probabilities are those of the checkpoint's likelihood; averaging over noise draws is not taken
     into account, because no likelihood has a figure for it.
 
-    Example:
+    Examples:
         >>> scorer = LatentScorer(reward, evaluation_settings(levels=(0.2, 0.4), draws=(1, 4)))
 
     Args:
@@ -142,7 +142,7 @@ class LatentScorer(Scorer):
 class CallableScorer(Scorer):
     """Any function of latents or images, called as a reward function of the alignment trainers is.
 
-    Example:
+    Examples:
         >>> def brightness(images, prompts):
         ...     return images.mean(dim=(1, 2, 3))
         >>> scorer = CallableScorer(brightness)

@@ -1,4 +1,4 @@
-"""A comparison as text: Markdown tables that can be read in a terminal."""
+"""Evaluations as text: Markdown tables that can be read in a terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from dina_reward.evaluation.accuracy import Accuracy
-from dina_reward.evaluation.comparison import Comparison, ScorerReport
-
-
-_MAX_ROWS = 15
+from dina_reward.evaluation.cell_tables import MAX_ROWS, cells_table, pairs_text, worst_text
+from dina_reward.evaluation.cells import worst_cell
+from dina_reward.evaluation.comparison import Comparison, ScorerReport, SettingReport
+from dina_reward.evaluation.markdown import decimal, markdown, percent
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -20,37 +20,11 @@ def comparison_table(comparison: Comparison) -> str:
         "\n".join(f"- {line}" for line in _explanations(comparison)),
         "## Scores\n\n" + _distribution_table(comparison),
     ]
-    for title, attribute in (("source", "by_source"), ("resolution", "by_resolution")):
-        if table := _slices_table(comparison.rewards, title, attribute):
-            parts.append(f"## Accuracy by {title} (%), headline setting\n\n{table}")
+    for column in comparison.rewards[0].settings[comparison.rewards[0].headline].by:
+        if table := _column_tables(comparison.rewards, column):
+            parts.append(f"## By {column}\n\n{table}")
+    parts += [f"## Ensembles of {r.name}\n\n{r.advice.table()}" for r in comparison.rewards if r.advice is not None]
     return "\n\n".join(parts)
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, numbers to the right."""
-    cells = [list(columns), *[list(row) for row in rows]]
-    widths = [max(3, *(len(row[index]) for row in cells)) for index in range(len(columns))]
-    left = [any(row[index][:1].isalpha() for row in cells[1:]) or index == 0 for index in range(len(columns))]
-
-    def line(row: Sequence[str]) -> str:
-        texts = (t.ljust(w) if side else t.rjust(w) for t, w, side in zip(row, widths, left, strict=True))
-        return "| " + " | ".join(texts) + " |"
-
-    rule = (
-        "|"
-        + "|".join("-" * (w + 2) if side else "-" * (w + 1) + ":" for w, side in zip(widths, left, strict=True))
-        + "|"
-    )
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
-
-
-def percent(value: float, interval: Sequence[float] | None = None) -> str:
-    """``82.13 [81.20, 83.01]``: a share and its interval in per cent."""
-    text = f"{100 * value:.2f}"
-    if interval is None or any(math.isnan(bound) for bound in interval):
-        return text
-    low, high = interval
-    return f"{text} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
 def _accuracy(accuracy: Accuracy) -> str:
@@ -66,10 +40,22 @@ def _settings_table(comparison: Comparison) -> str:
             ties = f"{report.accuracy.predicted_ties}"
             seconds = reward.cost.seconds_per_1000[name]
             rows.append(
-                [reward.name, name, _accuracy(report.accuracy), *map(_decimal, numbers), ties, f"{seconds:.3g}"]
+                [
+                    *(reward.name, name, _accuracy(report.accuracy), _worst_of_all(report)),
+                    *(*map(decimal, numbers), ties, f"{seconds:.3g}"),
+                ]
             )
-    columns = ("reward", "noise level", "accuracy % [95 % CI]", "ECE", "Brier", "NLL", "predicted ties", "s / 1,000")
+    columns = (
+        *("reward", "noise level", "accuracy % [95 % CI]", "worst part"),
+        *("ECE", "Brier", "NLL", "predicted ties", "s / 1,000"),
+    )
     return markdown(columns, rows)
+
+
+def _worst_of_all(report: SettingReport) -> str:
+    """The worst part of any column, beside the total that may hide it."""
+    worst = [found for cells in report.by.values() if (found := worst_cell(cells)) is not None]
+    return worst_text(*min(worst, key=lambda item: item[1].accuracy.value)) if worst else "-"
 
 
 def _explanations(comparison: Comparison) -> list[str]:
@@ -122,7 +108,7 @@ def _distribution_table(comparison: Comparison) -> str:
             d = report.distribution
             quantiles = [d.quantiles[q] for q in ("0.01", "0.05", "0.5", "0.95", "0.99")]
             suggestion = (d.suggested_shift, d.suggested_scale)
-            rows.append([reward.name, name, *map(_decimal, (d.mean, d.std, *quantiles, *suggestion))])
+            rows.append([reward.name, name, *map(decimal, (d.mean, d.std, *quantiles, *suggestion))])
     columns = (
         "reward",
         "noise level",
@@ -139,17 +125,21 @@ def _distribution_table(comparison: Comparison) -> str:
     return markdown(columns, rows)
 
 
-def _slices_table(rewards: Sequence[ScorerReport], title: str, attribute: str) -> str:
-    found = [getattr(reward.settings[reward.headline], attribute) for reward in rewards]
+def _column_tables(rewards: Sequence[ScorerReport], column: str) -> str:
+    """One table per reward, and before them, where there are several, their accuracies side by side."""
+    found = [reward.settings[reward.headline].by[column] for reward in rewards]
     if len(found[0]) < 2:
         return ""
-    names = sorted(found[0], key=lambda name: -found[0][name].pairs)
-    rows = [
-        [name, f"{found[0][name].pairs}", *(_accuracy(group[name]) for group in found)] for name in names[:_MAX_ROWS]
-    ]
-    more = f"\n\n{len(names) - _MAX_ROWS} more are in the JSON file." if len(names) > _MAX_ROWS else ""
-    return markdown([title, "pairs", *(f"{reward.name} ({reward.headline})" for reward in rewards)], rows) + more
-
-
-def _decimal(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    tables = []
+    if len(rewards) > 1:
+        rows = [
+            [name, pairs_text(cell), *(_accuracy(cells[name].accuracy) for cells in found)]
+            for name, cell in list(found[0].items())[:MAX_ROWS]
+        ]
+        tables.append(markdown([column, "pairs", *(f"{r.name} ({r.headline})" for r in rewards)], rows))
+    for reward in rewards:
+        by_setting = {name: report.by[column] for name, report in reward.settings.items() if report.setting.draws == 1}
+        totals = {name: report.accuracy for name, report in reward.settings.items()}
+        table = cells_table(column, by_setting, totals, reward.headline)
+        tables.append(f"{reward.name}, {table}" if len(rewards) > 1 else table)
+    return "\n\n".join(tables)

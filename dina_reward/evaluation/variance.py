@@ -80,7 +80,7 @@ def calibrate_variance(
 ) -> ThurstoneModel:
     """Fits the variance to pairs and puts it into the reward's configuration, which `LatentReward.save_pretrained` writes.
 
-    Example:
+    Examples:
         >>> calibrate_variance(reward, load_preferences("fresh-pairs"))
         ThurstoneModel(variance_scale=3.96, variance_offset=0.174)
         >>> reward.save_pretrained("calibrated")

@@ -8,7 +8,8 @@ import importlib
 import pkgutil
 from importlib.metadata import entry_points
 
-from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults
+from dina_reward.families.backbone import Backbone
+from dina_reward.families.base import ModelFamily, RewardDefaults
 from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
 from dina_reward.families.registry import families, family_of, family_of_class, get_family, register_family
 

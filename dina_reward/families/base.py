@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dina_reward.families.autoencoding import decode_kl, encode_kl
-from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
+from dina_reward.families.backbone import Backbone
+from dina_reward.families.conditioning import Conditioning, FeatureSizes
 from dina_reward.families.layout import check_embeds, check_layout
 from dina_reward.noise import FlowMatchingNoise, NoiseProcess
 
@@ -52,59 +52,10 @@ class RewardDefaults:
         return cls(depth, tuple(taps), head_width=min(hidden, 1536))
 
 
-class Backbone(nn.Module, ABC):
-    """Truncated view of a denoiser: its own module tree, the first N blocks, features tapped after chosen blocks.
-
-    Sub-modules keep the names they have in the diffusers model, so adapters trained on either side fit the other.
-
-    Args:
-        denoiser: the diffusers model, or a clone of its module tree.
-        num_layers: blocks to run.
-        visual_taps, text_taps: 1-based numbers of the blocks after which image / text tokens are read.
-    """
-
-    gradient_checkpointing: bool = False
-
-    def __init__(
-        self, denoiser: Any, *, num_layers: int, visual_taps: Sequence[int], text_taps: Sequence[int]
-    ) -> None:
-        super().__init__()
-        self.num_layers = num_layers
-        self.visual_taps = tuple(visual_taps)
-        self.text_taps = tuple(text_taps)
-
-    @abstractmethod
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
-    ) -> TapFeatures:
-        """Runs the blocks.
-
-        Args:
-            latents (`Tensor`): noisy latents in the spatial layout, shape ``(rows, ...)``.
-            timestep (`Tensor`): scheduler timesteps, shape ``(rows,)``, float32.
-            conditioning (`Conditioning`): encoded *unique* prompts.
-            prompt_index (`Tensor`, *optional*): for every row its prompt's position in ``conditioning``, shape
-                ``(rows,)``, int64. Without it, row ``i`` uses prompt ``i``.
-        """
-
-    def tap(self, features: TapFeatures, number: int, visual: Tensor, text: Tensor) -> None:
-        """Adds the tokens after a block to the features, if that block is tapped.
-
-        Args:
-            features: of this pass; its lists grow.
-            number: of the block, from 1.
-            visual, text: image and text tokens after it, shape ``(rows, tokens, channels)``.
-        """
-        if number in self.visual_taps:
-            features.visual.append(visual)
-        if number in self.text_taps:
-            features.text.append(text)
-
-    def run(self, block: nn.Module, *inputs: Any, **named_inputs: Any) -> Any:
-        """Calls a block; with gradient checkpointing its activations are recomputed in the backward pass."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, **named_inputs)
-        return block(*inputs, **named_inputs)
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""LoRA targets: the projections of attention."""
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The same where image and text tokens attend to each other with projections of their own."""
 
 
 class ModelFamily(ABC):
@@ -115,8 +66,7 @@ class ModelFamily(ABC):
         denoiser_classes: names of the diffusers denoiser classes of this family; the first one loads weights.
         pipeline_classes: names of the diffusers pipeline classes of this family.
         denoiser_attribute: name of the denoiser in a pipeline and of its sub-folder in a model repository.
-        block_lists: attributes of the denoiser that hold its blocks, in the order in which they run.
-        layer_keys: the denoiser settings that count the blocks of each list.
+        layer_keys: the denoiser settings that count the blocks of each of the backbone's lists.
         signature_keys: denoiser settings that the first blocks depend on; models that agree in them are interchangeable.
         backbone_class: the truncated view.
         reward_lora_targets: LoRA targets for the reward's backbone.
@@ -129,12 +79,11 @@ class ModelFamily(ABC):
     denoiser_classes: ClassVar[tuple[str, ...]]
     pipeline_classes: ClassVar[tuple[str, ...]]
     denoiser_attribute: ClassVar[str] = "transformer"
-    block_lists: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     layer_keys: ClassVar[tuple[str, ...]] = ("num_layers",)
     signature_keys: ClassVar[tuple[str, ...]]
     backbone_class: ClassVar[type[Backbone]]
-    reward_lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
-    policy_lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    reward_lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    policy_lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     reference_backbone_class: ClassVar[str | None] = None
     has_frames: ClassVar[bool] = False
 
@@ -296,7 +245,7 @@ class ModelFamily(ABC):
         Raises:
             ValueError: the model has fewer blocks.
         """
-        available = sum(len(getattr(denoiser, name)) for name in self.block_lists)
+        available = sum(len(getattr(denoiser, name)) for name in self.backbone_class.block_lists)
         if num_layers > available:
             raise ValueError(
                 f"the reward reads {num_layers} blocks but this {type(denoiser).__name__} has {available}; "

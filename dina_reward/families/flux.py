@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dina_reward.families.base import Backbone, RewardDefaults, config_of
-from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.backbone import Backbone, BlockInputs, of_rows
+from dina_reward.families.base import JOINT_ATTENTION, RewardDefaults, config_of
+from dina_reward.families.conditioning import Conditioning
 from dina_reward.families.layout import pack_2x2, unpack_2x2
 from dina_reward.families.packing import Packed2x2Family
 from dina_reward.families.registry import register_family
@@ -31,37 +32,25 @@ def position_ids(latents: Tensor, text_tokens: int) -> tuple[Tensor, Tensor]:
 class FluxBackbone(Backbone):
     """First blocks of a `FluxTransformer2DModel`: the double-stream ones, then the single-stream ones."""
 
+    embedders = ("pos_embed", "time_text_embed", "context_embedder", "x_embedder")
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+
     def __init__(self, denoiser: Any, **taps: Any) -> None:
         super().__init__(denoiser, **taps)
-        self.pos_embed = denoiser.pos_embed
-        self.time_text_embed = denoiser.time_text_embed
-        self.context_embedder = denoiser.context_embedder
-        self.x_embedder = denoiser.x_embedder
-        self.transformer_blocks = denoiser.transformer_blocks[: self.num_layers]
-        single = max(0, self.num_layers - len(denoiser.transformer_blocks))
-        self.single_transformer_blocks = denoiser.single_transformer_blocks[:single]
         self.guidance_embeds = bool(denoiser.config["guidance_embeds"])
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
-    ) -> TapFeatures:
+    def embed(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
+    ) -> BlockInputs:
         text = self.context_embedder(conditioning.prompt_embeds)
-        pooled = conditioning.pooled_prompt_embeds
-        if prompt_index is not None:
-            text, pooled = text[prompt_index], pooled[prompt_index]  # type: ignore[index]
+        text, pooled = of_rows(prompt_index, text, conditioning.pooled_prompt_embeds)
         # The model takes timesteps and guidance divided by 1000 and multiplies them again.
         guidance = (timestep.new_full(timestep.shape, 1000 * REWARD_GUIDANCE),) if self.guidance_embeds else ()
         temb = self.time_text_embed(timestep, *guidance, pooled)
         rotary = self.pos_embed(torch.cat(position_ids(latents, text.shape[1])))
-        hidden = self.x_embedder(pack_2x2(latents))
-        features = TapFeatures([], [], temb=temb, grid=(latents.shape[-2] // 2, latents.shape[-1] // 2))
-        blocks = [*self.transformer_blocks, *self.single_transformer_blocks]
-        for number, block in enumerate(blocks, start=1):
-            text, hidden = self.run(
-                block, hidden_states=hidden, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
-            )
-            self.tap(features, number, hidden, text)
-        return features
+        arguments = {"temb": temb, "image_rotary_emb": rotary}
+        grid = (latents.shape[-2] // 2, latents.shape[-1] // 2)
+        return BlockInputs(self.x_embedder(pack_2x2(latents)), text, temb, [arguments, arguments], grid=grid)
 
 
 @register_family
@@ -71,7 +60,6 @@ class FluxFamily(Packed2x2Family):
     name = "flux"
     denoiser_classes = ("FluxTransformer2DModel",)
     pipeline_classes = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
-    block_lists = ("transformer_blocks", "single_transformer_blocks")
     layer_keys = ("num_layers", "num_single_layers")
     signature_keys = (
         "patch_size",
@@ -84,16 +72,7 @@ class FluxFamily(Packed2x2Family):
         "axes_dims_rope",
     )
     backbone_class = FluxBackbone
-    policy_lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    policy_lora_targets = tuple(f"attn.{name}" for name in JOINT_ATTENTION)
     reward_lora_targets = policy_lora_targets
     reference_backbone_class = "FluxBackbone"
 

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dina_reward.families.autoencoding import image_pixels
-from dina_reward.families.base import Backbone, ModelFamily, config_of
-from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.backbone import Backbone, BlockInputs, of_rows
+from dina_reward.families.base import JOINT_ATTENTION, ModelFamily, config_of
+from dina_reward.families.conditioning import Conditioning
 from dina_reward.families.layout import token_grid
 from dina_reward.families.packing import PIXELS_PER_TOKEN
 from dina_reward.families.registry import register_family
@@ -65,45 +66,42 @@ class Flux2Backbone(Backbone):
     All blocks of a kind share one modulation, which is computed once.
     """
 
+    embedders = (
+        "pos_embed",
+        "time_guidance_embed",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+        "x_embedder",
+        "context_embedder",
+    )
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
+
     def __init__(self, denoiser: Any, **taps: Any) -> None:
         super().__init__(denoiser, **taps)
-        self.pos_embed = denoiser.pos_embed
-        self.time_guidance_embed = denoiser.time_guidance_embed
-        self.double_stream_modulation_img = denoiser.double_stream_modulation_img
-        self.double_stream_modulation_txt = denoiser.double_stream_modulation_txt
-        self.single_stream_modulation = denoiser.single_stream_modulation
-        self.x_embedder = denoiser.x_embedder
-        self.context_embedder = denoiser.context_embedder
-        self.transformer_blocks = denoiser.transformer_blocks[: self.num_layers]
-        single = max(0, self.num_layers - len(denoiser.transformer_blocks))
-        self.single_transformer_blocks = denoiser.single_transformer_blocks[:single]
         self.guidance_embeds = bool(denoiser.config["guidance_embeds"])
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
-    ) -> TapFeatures:
-        text = self.context_embedder(conditioning.prompt_embeds)
-        if prompt_index is not None:
-            text = text[prompt_index]
+    def embed(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
+    ) -> BlockInputs:
+        (text,) = of_rows(prompt_index, self.context_embedder(conditioning.prompt_embeds))
         # The model takes timesteps and guidance divided by 1000, multiplies them again, and embeds them in its own dtype.
         timestep = timestep.to(latents.dtype)
         guidance = torch.full_like(timestep, 1000 * REWARD_GUIDANCE) if self.guidance_embeds else None
         temb = self.time_guidance_embed(timestep, guidance)
-        text_ids, image_ids = position_ids(latents, text.shape[1])
-        rotary = self.pos_embed(torch.cat([text_ids, image_ids]))
-        hidden = self.x_embedder(to_tokens(latents))
-        features = TapFeatures([], [], temb=temb, grid=(latents.shape[-2], latents.shape[-1]))
-        image_modulation = self.double_stream_modulation_img(temb)
-        text_modulation = self.double_stream_modulation_txt(temb)
-        for number, block in enumerate(self.transformer_blocks, start=1):
-            text, hidden = self.run(block, hidden, text, image_modulation, text_modulation, rotary)
-            self.tap(features, number, hidden, text)
-        both, length = torch.cat([text, hidden], dim=1), text.shape[1]
-        modulation = self.single_stream_modulation(temb)
-        for number, block in enumerate(self.single_transformer_blocks, start=1 + len(self.transformer_blocks)):
-            both = self.run(block, both, None, modulation, rotary)
-            self.tap(features, number, both[:, length:], both[:, :length])
-        return features
+        rotary = self.pos_embed(torch.cat(position_ids(latents, text.shape[1])))
+        double = {
+            "temb_mod_img": self.double_stream_modulation_img(temb),
+            "temb_mod_txt": self.double_stream_modulation_txt(temb),
+            "image_rotary_emb": rotary,
+        }
+        single = {
+            "temb_mod": self.single_stream_modulation(temb),
+            "image_rotary_emb": rotary,
+            "split_hidden_states": True,
+        }
+        grid = (latents.shape[-2], latents.shape[-1])
+        return BlockInputs(self.x_embedder(to_tokens(latents)), text, temb, [double, single], grid=grid)
 
 
 @register_family
@@ -117,17 +115,13 @@ class Flux2Family(ModelFamily):
     name = "flux2"
     denoiser_classes = ("Flux2Transformer2DModel",)
     pipeline_classes = ("Flux2Pipeline", "Flux2KleinPipeline")
-    block_lists = ("transformer_blocks", "single_transformer_blocks")
     layer_keys = ("num_layers", "num_single_layers")
     signature_keys = (
         *("patch_size", "in_channels", "num_attention_heads", "attention_head_dim", "joint_attention_dim"),
         *("mlp_ratio", "timestep_guidance_channels", "guidance_embeds", "axes_dims_rope", "rope_theta", "eps"),
     )
     backbone_class = Flux2Backbone
-    policy_lora_targets = (
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-        "to_qkv_mlp_proj",
-    )
+    policy_lora_targets = (*JOINT_ATTENTION, "to_qkv_mlp_proj")
     reward_lora_targets = policy_lora_targets
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, latent_shape: Sequence[int]) -> None:

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dina_reward.families.autoencoding import image_pixels
-from dina_reward.families.base import Backbone, config_of
-from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.backbone import Backbone, BlockInputs, of_rows
+from dina_reward.families.base import JOINT_ATTENTION, config_of
+from dina_reward.families.conditioning import Conditioning
 from dina_reward.families.layout import pack_2x2, unpack_2x2
 from dina_reward.families.packing import Packed2x2Family
 from dina_reward.families.registry import register_family
@@ -40,40 +41,24 @@ class QwenImageBackbone(Backbone):
     The text stream's norm and input projection run once per unique prompt; rows pick their prompt afterwards.
     """
 
-    def __init__(self, denoiser: Any, **taps: Any) -> None:
-        super().__init__(denoiser, **taps)
-        self.pos_embed = denoiser.pos_embed
-        self.time_text_embed = denoiser.time_text_embed
-        self.txt_norm = denoiser.txt_norm
-        self.img_in = denoiser.img_in
-        self.txt_in = denoiser.txt_in
-        self.transformer_blocks = denoiser.transformer_blocks[: self.num_layers]
+    embedders = ("pos_embed", "time_text_embed", "txt_norm", "img_in", "txt_in")
+    block_lists = ("transformer_blocks",)
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
-    ) -> TapFeatures:
+    def embed(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
+    ) -> BlockInputs:
         text = self.txt_in(self.txt_norm(conditioning.prompt_embeds))
-        mask = conditioning.prompt_embeds_mask
-        if prompt_index is not None:
-            text = text[prompt_index]
-            mask = None if mask is None else mask[prompt_index]
+        text, mask = of_rows(prompt_index, text, conditioning.prompt_embeds_mask)
         hidden = self.img_in(pack_2x2(latents))
         # The model takes timesteps divided by 1000 and multiplies them again.
         temb = self.time_text_embed(timestep / 1000, hidden)
-        shape = (1, *token_grid_of(latents))
-        rotary = self.pos_embed([[shape]], max_txt_seq_len=text.shape[1], device=latents.device)
-        features = TapFeatures([], [], temb=temb, text_mask=mask, grid=token_grid_of(latents))
-        for number, block in enumerate(self.transformer_blocks, start=1):
-            text, hidden = self.run(
-                block,
-                hidden_states=hidden,
-                encoder_hidden_states=text,
-                encoder_hidden_states_mask=mask,
-                temb=temb,
-                image_rotary_emb=rotary,
-            )
-            self.tap(features, number, hidden, text)
-        return features
+        grid = token_grid_of(latents)
+        arguments = {
+            "encoder_hidden_states_mask": mask,
+            "temb": temb,
+            "image_rotary_emb": self.pos_embed([[(1, *grid)]], max_txt_seq_len=text.shape[1], device=latents.device),
+        }
+        return BlockInputs(hidden, text, temb, [arguments], text_mask=mask, grid=grid)
 
 
 @register_family
@@ -92,10 +77,7 @@ class QwenImageFamily(Packed2x2Family):
         "axes_dims_rope",
     )
     backbone_class = QwenImageBackbone
-    policy_lora_targets = (
-        *("to_q", "to_k", "to_v", "to_out.0"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    )
+    policy_lora_targets = JOINT_ATTENTION
     reward_lora_targets = policy_lora_targets
     has_text_mask = True
 

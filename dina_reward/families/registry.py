@@ -14,10 +14,11 @@ _FAMILIES: dict[str, ModelFamily] = {}
 def register_family(cls: type[ModelFamily]) -> type[ModelFamily]:
     """Class decorator that makes a family known under its name and its diffusers classes.
 
-    Example:
+    Examples:
         >>> @register_family
-        ... class MyFamily(ModelFamily):
+        ... class MyFamily(SD3Family):
         ...     name = "my_family"
+        ...     pipeline_classes = ("MyPipeline",)
     """
     _FAMILIES[cls.name] = cls()
     return cls

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dina_reward.families.base import Backbone, ModelFamily, config_of
-from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.backbone import Backbone, BlockInputs, of_rows
+from dina_reward.families.base import ModelFamily, config_of
+from dina_reward.families.conditioning import Conditioning
 from dina_reward.families.registry import register_family
 
 
@@ -25,34 +26,32 @@ class SanaBackbone(Backbone):
     enough. The projection runs once per unique prompt; rows pick their prompt afterwards.
     """
 
+    embedders = ("patch_embed", "time_embed", "caption_projection", "caption_norm")
+    block_lists = ("transformer_blocks",)
+
     def __init__(self, denoiser: Any, **taps: Any) -> None:
         super().__init__(denoiser, **taps)
-        self.patch_embed = denoiser.patch_embed
-        self.time_embed = denoiser.time_embed
-        self.caption_projection = denoiser.caption_projection
-        self.caption_norm = denoiser.caption_norm
-        self.transformer_blocks = denoiser.transformer_blocks[: self.num_layers]
         self.patch_size = int(denoiser.config["patch_size"])
         self.timestep_scale = float(denoiser.config["timestep_scale"])
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
-    ) -> TapFeatures:
+    def embed(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
+    ) -> BlockInputs:
         text = self.caption_norm(self.caption_projection(conditioning.prompt_embeds))
-        mask = conditioning.token_mask
-        if prompt_index is not None:
-            text, mask = text[prompt_index], mask[prompt_index]
-        bias = ((1 - mask.to(latents.dtype)) * MASKED)[:, None]
+        text, mask = of_rows(prompt_index, text, conditioning.token_mask)
         rows, columns = (side // self.patch_size for side in latents.shape[-2:])
         hidden = self.patch_embed(latents)
         modulation, temb = self.time_embed(
             timestep * self.timestep_scale, batch_size=latents.shape[0], hidden_dtype=hidden.dtype
         )
-        features = TapFeatures([], [], temb=temb, text_mask=mask, grid=(rows, columns))
-        for number, block in enumerate(self.transformer_blocks, start=1):
-            hidden = self.run(block, hidden, None, text, bias, modulation, rows, columns)
-            self.tap(features, number, hidden, text)
-        return features
+        arguments = {
+            "attention_mask": None,
+            "encoder_attention_mask": ((1 - mask.to(latents.dtype)) * MASKED)[:, None],
+            "timestep": modulation,
+            "height": rows,
+            "width": columns,
+        }
+        return BlockInputs(hidden, text, temb, [arguments], text_mask=mask, grid=(rows, columns))
 
 
 @register_family

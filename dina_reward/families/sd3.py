@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults, config_options
-from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.backbone import Backbone, BlockInputs, of_rows
+from dina_reward.families.base import JOINT_ATTENTION, ModelFamily, RewardDefaults, config_options
+from dina_reward.families.conditioning import Conditioning
 from dina_reward.families.layout import check_layout
 from dina_reward.families.registry import register_family
 
@@ -19,28 +20,23 @@ class SD3Backbone(Backbone):
     The text stream's input projection runs once per unique prompt; rows pick their prompt afterwards.
     """
 
-    def __init__(self, denoiser: Any, **taps: Any) -> None:
-        super().__init__(denoiser, **taps)
-        self.pos_embed = denoiser.pos_embed
-        self.time_text_embed = denoiser.time_text_embed
-        self.context_embedder = denoiser.context_embedder
-        self.transformer_blocks = denoiser.transformer_blocks[: self.num_layers]
+    embedders = ("pos_embed", "time_text_embed", "context_embedder")
+    block_lists = ("transformer_blocks",)
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
-    ) -> TapFeatures:
+    def embed(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
+    ) -> BlockInputs:
         text = self.context_embedder(conditioning.prompt_embeds)
-        pooled = conditioning.pooled_prompt_embeds
-        if prompt_index is not None:
-            text, pooled = text[prompt_index], pooled[prompt_index]  # type: ignore[index]
+        text, pooled = of_rows(prompt_index, text, conditioning.pooled_prompt_embeds)
         temb = self.time_text_embed(timestep, pooled)
-        hidden = self.pos_embed(latents).contiguous()
         patch = self.pos_embed.patch_size
-        features = TapFeatures([], [], temb=temb, grid=(latents.shape[-2] // patch, latents.shape[-1] // patch))
-        for number, block in enumerate(self.transformer_blocks, start=1):
-            text, hidden = self.run(block, hidden_states=hidden, encoder_hidden_states=text, temb=temb)
-            self.tap(features, number, hidden, text)
-        return features
+        return BlockInputs(
+            self.pos_embed(latents).contiguous(),
+            text,
+            temb,
+            [{"temb": temb}],
+            grid=(latents.shape[-2] // patch, latents.shape[-1] // patch),
+        )
 
 
 @register_family
@@ -66,26 +62,8 @@ class SD3Family(ModelFamily):
         "qk_norm",
     )
     backbone_class = SD3Backbone
-    policy_lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
-    reward_lora_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    policy_lora_targets = tuple(f"attn.{name}" for name in JOINT_ATTENTION)
+    reward_lora_targets = JOINT_ATTENTION
     reference_backbone_class = "SD3Backbone"
 
     def backbone_signature(self, denoiser_config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:

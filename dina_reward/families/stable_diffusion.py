@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults
+from dina_reward.families.backbone import Backbone, of_rows
+from dina_reward.families.base import ModelFamily, RewardDefaults
 from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
 from dina_reward.families.registry import register_family
 from dina_reward.noise import VariancePreservingNoise
@@ -41,11 +42,10 @@ class UNetBackbone(Backbone):
     every text tap is the prompt embeddings as given, and one is enough.
     """
 
+    embedders: ClassVar[tuple[str, ...]] = ("conv_in", "time_proj", "time_embedding")
+
     def __init__(self, denoiser: Any, **taps: Any) -> None:
         super().__init__(denoiser, **taps)
-        self.conv_in = denoiser.conv_in
-        self.time_proj = denoiser.time_proj
-        self.time_embedding = denoiser.time_embedding
         self.down_blocks = denoiser.down_blocks[: self.num_layers]
         self.mid_block = denoiser.mid_block if self.num_layers > len(denoiser.down_blocks) else None
 
@@ -57,9 +57,7 @@ class UNetBackbone(Backbone):
     def forward(
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
     ) -> TapFeatures:
-        text = conditioning.prompt_embeds
-        if prompt_index is not None:
-            text = text[prompt_index]
+        (text,) = of_rows(prompt_index, conditioning.prompt_embeds)
         temb = self.embed_time(latents, timestep, conditioning, prompt_index)
         hidden = self.conv_in(latents)
         maps = []

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dina_reward.families.backbone import of_rows
 from dina_reward.families.conditioning import Conditioning
 from dina_reward.families.registry import register_family
 from dina_reward.families.stable_diffusion import PLAIN_SETTINGS, UNetBackbone, UNetFamily
@@ -30,10 +31,7 @@ def size_ids(latents: Tensor, dtype: torch.dtype) -> Tensor:
 class StableDiffusionXLBackbone(UNetBackbone):
     """`UNetBackbone` whose timestep embedding also carries the pooled prompt and the image size."""
 
-    def __init__(self, denoiser: Any, **taps: Any) -> None:
-        super().__init__(denoiser, **taps)
-        self.add_time_proj = denoiser.add_time_proj
-        self.add_embedding = denoiser.add_embedding
+    embedders = (*UNetBackbone.embedders, "add_time_proj", "add_embedding")
 
     def embed_time(
         self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
@@ -41,9 +39,7 @@ class StableDiffusionXLBackbone(UNetBackbone):
         pooled: Any = conditioning.pooled_prompt_embeds
         size = self.add_time_proj(size_ids(latents, pooled.dtype).flatten()).reshape(1, -1)
         added = torch.cat([pooled, size.expand(pooled.shape[0], -1)], dim=-1)
-        embedded = self.add_embedding(added.to(latents.dtype))
-        if prompt_index is not None:
-            embedded = embedded[prompt_index]
+        (embedded,) = of_rows(prompt_index, self.add_embedding(added.to(latents.dtype)))
         return super().embed_time(latents, timestep, conditioning, prompt_index) + embedded
 
 

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dina_reward.families.autoencoding import image_pixels
-from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults
-from dina_reward.families.conditioning import Conditioning, TapFeatures
+from dina_reward.families.backbone import Backbone, BlockInputs, of_rows
+from dina_reward.families.base import ModelFamily, RewardDefaults
+from dina_reward.families.conditioning import Conditioning
 from dina_reward.families.registry import register_family
 
 
@@ -29,28 +30,18 @@ class WanBackbone(Backbone):
     and one is enough.
     """
 
-    def __init__(self, denoiser: Any, **taps: Any) -> None:
-        super().__init__(denoiser, **taps)
-        self.patch_embedding = denoiser.patch_embedding
-        self.rope = denoiser.rope
-        self.condition_embedder = denoiser.condition_embedder
-        self.blocks = denoiser.blocks[: self.num_layers]
+    embedders = ("patch_embedding", "rope", "condition_embedder")
+    block_lists = ("blocks",)
 
-    def forward(
-        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None = None
-    ) -> TapFeatures:
+    def embed(
+        self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, prompt_index: Tensor | None
+    ) -> BlockInputs:
         # Time and text are embedded apart, so the timesteps may have more rows than the prompts.
         temb, modulation, text, _ = self.condition_embedder(timestep, conditioning.prompt_embeds)
-        if prompt_index is not None:
-            text = text[prompt_index]
-        modulation = modulation.unflatten(1, (6, -1))
-        rotary = self.rope(latents)
+        (text,) = of_rows(prompt_index, text)
         hidden = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
-        features = TapFeatures([], [], temb=temb)
-        for number, block in enumerate(self.blocks, start=1):
-            hidden = self.run(block, hidden, text, modulation, rotary)
-            self.tap(features, number, hidden, text)
-        return features
+        arguments = {"temb": modulation.unflatten(1, (6, -1)), "rotary_emb": self.rope(latents)}
+        return BlockInputs(hidden, text, temb, [arguments])
 
 
 @register_family

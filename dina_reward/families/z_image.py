@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dina_reward.families.base import Backbone, ModelFamily, RewardDefaults
+from dina_reward.families.backbone import Backbone, of_rows
+from dina_reward.families.base import ModelFamily, RewardDefaults
 from dina_reward.families.conditioning import Conditioning, FeatureSizes, TapFeatures
 from dina_reward.families.packing import exponential_shift
 from dina_reward.families.registry import register_family
@@ -50,16 +51,14 @@ class ZImageBackbone(Backbone):
     prompt. Visual taps are the image tokens without padding, text taps the caption with its mask.
     """
 
+    embedders = (
+        *("all_x_embedder", "t_embedder", "cap_embedder", "x_pad_token", "cap_pad_token"),
+        *("noise_refiner", "context_refiner"),
+    )
+    block_lists = ("layers",)
+
     def __init__(self, denoiser: Any, **taps: Any) -> None:
         super().__init__(denoiser, **taps)
-        self.all_x_embedder = denoiser.all_x_embedder
-        self.t_embedder = denoiser.t_embedder
-        self.cap_embedder = denoiser.cap_embedder
-        self.x_pad_token = denoiser.x_pad_token
-        self.cap_pad_token = denoiser.cap_pad_token
-        self.noise_refiner = denoiser.noise_refiner
-        self.context_refiner = denoiser.context_refiner
-        self.layers = denoiser.layers[: self.num_layers]
         # No module: it makes its tables in the first call and moves them to the device of each. A copy and a call here keep
         # that out of compiled code, and apart from a generator on another device.
         self.rope_embedder = copy.copy(denoiser.rope_embedder)
@@ -73,8 +72,7 @@ class ZImageBackbone(Backbone):
         mask = conditioning.token_mask
         tokens = mask.shape[1]
         caption, caption_rotary, readable, length = self._captions(conditioning.prompt_embeds, mask)
-        if prompt_index is not None:
-            caption, readable, length, mask = (value[prompt_index] for value in (caption, readable, length, mask))
+        caption, readable, length, mask = of_rows(prompt_index, caption, readable, length, mask)
         image, image_rotary = self._images(latents, length, temb)
         grid = (latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)
         start = image.shape[1]
@@ -131,7 +129,6 @@ class ZImageFamily(ModelFamily):
     name = "z_image"
     denoiser_classes = ("ZImageTransformer2DModel",)
     pipeline_classes = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
-    block_lists = ("layers",)
     layer_keys = ("n_layers",)
     signature_keys = (
         "all_patch_size",

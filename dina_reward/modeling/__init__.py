@@ -18,24 +18,13 @@ if TYPE_CHECKING:
     from dina_reward.modeling.model import LatentRewardModel
     from dina_reward.modeling.scoring import RewardOutput
 
-_MODULES = {
-    "LatentRewardConfig": "config",
-    "LatentRewardModel": "model",
-    "NonFiniteError": "inputs",
-    "RewardHeadConfig": "heads.config",
-    "RewardOutput": "scoring",
-    "default_lora_config": "config",
-    "default_reward_config": "config",
-}
-
-__all__ = [
-    "LatentRewardConfig",
-    "LatentRewardModel",
-    "NonFiniteError",
-    "RewardHeadConfig",
-    "RewardOutput",
-    "default_lora_config",
-    "default_reward_config",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "config": ("LatentRewardConfig", "default_lora_config", "default_reward_config"),
+        "heads.config": ("RewardHeadConfig",),
+        "inputs": ("NonFiniteError",),
+        "model": ("LatentRewardModel",),
+        "scoring": ("RewardOutput",),
+    },
+)

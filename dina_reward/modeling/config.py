@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
-
-from peft import LoraConfig
+from typing import TYPE_CHECKING, Any
 
 from dina_reward.families import family_of, get_family
 from dina_reward.likelihood import LikelihoodName, PreferenceModel, preference_model
 from dina_reward.modeling.heads.config import RewardHeadConfig
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def default_lora_config(
     Where the family's blocks transform text and the last text tap lies before the last block (or there is none), that
     block's text projections are left alone.
     """
+    from peft import LoraConfig
+
     family = get_family(config.family)
     targets = family.reward_lora_targets
     if rank is None:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from dina_reward.families import Conditioning, ModelFamily
+from dina_reward.modeling.content import TextEncoderState
 
 
 class PromptEncoder:
     """Bounded LRU cache in front of a family's `encode_prompts`.
+
+    What is cached is forgotten when the text encoders, their adapters or tokenizers change (textual inversion, a LoRA).
 
     Args:
         family: model family of the pipeline.
@@ -45,7 +48,16 @@ class PromptEncoder:
         self.batch_size = batch_size
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
         self._given: dict[str, Conditioning] = {}
+        self._encoders: TextEncoderState | None = None
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_cache": OrderedDict(), "_encoders": None}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __call__(self, prompts: Sequence[str], device: torch.device | None = None) -> tuple[Conditioning, Tensor]:
         """Encodes prompts.
@@ -88,11 +100,20 @@ class PromptEncoder:
         with self._lock:
             self._cache.clear()
 
+    def _forget_if_encoders_changed(self) -> None:
+        if self.pipeline is None or not self.cache_size:
+            return
+        state = TextEncoderState(self.pipeline)
+        if state != self._encoders:
+            self._cache.clear()
+        self._encoders = state
+
     def _rows(self, order: list[str], device: torch.device | None) -> list[Conditioning]:
         given = {prompt: self._given[prompt] for prompt in order if prompt in self._given}
         if device is not None:
             given = {prompt: row.to(device) for prompt, row in given.items()}
         unique = [prompt for prompt in order if prompt not in given]
+        self._forget_if_encoders_changed()
         rows = {prompt: self._cache[prompt] for prompt in unique if prompt in self._cache}
         missing = [prompt for prompt in unique if prompt not in rows]
         if missing and self.pipeline is None:

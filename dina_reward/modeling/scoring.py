@@ -44,7 +44,7 @@ class NoisyBatch:
 
     Args:
         latents (`Tensor`): clean latents, shape ``(batch, ...)``.
-        draws (`Tensor`): standard normal noise, shape ``(draws, batch, ...)``.
+        draws (`Tensor`): standard normal noise, shape ``(levels, draws, batch, ...)``, or one level of it for all.
         points (`NoisePoint`): grid points of the ensemble, ``levels`` entries.
         conditioning (`Conditioning`): encoded unique prompts.
         prompt_index (`Tensor`): prompt of each latent, shape ``(batch,)``.
@@ -59,7 +59,7 @@ class NoisyBatch:
     def rows(self, rows: slice) -> NoisyBatch:
         """Part of the batch."""
         return NoisyBatch(
-            self.latents[rows], self.draws[:, rows], self.points, self.conditioning, self.prompt_index[rows]
+            self.latents[rows], self.draws[:, :, rows], self.points, self.conditioning, self.prompt_index[rows]
         )
 
 
@@ -96,10 +96,10 @@ def score_batch(
 def _score_rows(
     model: LatentRewardModel, process: NoiseProcess, batch: NoisyBatch, ensemble: Ensemble
 ) -> tuple[Tensor, Tensor]:
-    levels, (samples, count) = len(batch.points.level), batch.draws.shape[:2]
+    levels, (samples, count) = len(batch.points.level), batch.draws.shape[1:3]
     singles = (1,) * (batch.latents.ndim - 1)
     clean = batch.latents.float().repeat(levels * samples, *singles)
-    noise = batch.draws.flatten(0, 1).repeat(levels, *singles)
+    noise = batch.draws.expand(levels, *batch.draws.shape[1:]).flatten(0, 2)
     noisy = process.add_noise(clean, noise, batch.points.level.repeat_interleave(samples * count))
     features = model.features(
         noisy,

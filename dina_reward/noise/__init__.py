@@ -19,37 +19,29 @@ if TYPE_CHECKING:
         NoisePoint,
         NoiseProcess,
         VariancePreservingNoise,
+        check_known_process,
         expand_as,
         flow_matching_scheduler,
         is_flow_matching,
     )
+    from dina_reward.noise.states import model_states, rescales_states
 
-_MODULES = {
-    "FlowMatchingNoise": "processes",
-    "LevelDistribution": "processes",
-    "LevelSampler": "processes",
-    "NoisePoint": "processes",
-    "NoiseProcess": "processes",
-    "VariancePreservingNoise": "processes",
-    "draw_noise": "draws",
-    "expand_as": "processes",
-    "flow_matching_scheduler": "processes",
-    "fold_seed": "draws",
-    "is_flow_matching": "processes",
-}
-
-__all__ = [
-    "FlowMatchingNoise",
-    "LevelDistribution",
-    "LevelSampler",
-    "NoisePoint",
-    "NoiseProcess",
-    "VariancePreservingNoise",
-    "draw_noise",
-    "expand_as",
-    "flow_matching_scheduler",
-    "fold_seed",
-    "is_flow_matching",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "draws": ("draw_noise", "fold_seed"),
+        "processes": (
+            "FlowMatchingNoise",
+            "LevelDistribution",
+            "LevelSampler",
+            "NoisePoint",
+            "NoiseProcess",
+            "VariancePreservingNoise",
+            "check_known_process",
+            "expand_as",
+            "flow_matching_scheduler",
+            "is_flow_matching",
+        ),
+        "states": ("model_states", "rescales_states"),
+    },
+)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence, Set
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+_LEVEL_STREAM = 1
+
+
 def draw_noise(
     latents: Tensor,
     *,
     num_samples: int = 1,
-    seed: int | Sequence[int] | Tensor | None = None,
+    seed: SupportsIndex | Sequence[SupportsIndex] | Tensor | None = None,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     share_noise: bool = False,
@@ -50,12 +55,57 @@ def draw_noise(
         device = latents.device if generator is None else generator.device
         drawn = torch.randn((num_samples, rows, *shape), generator=generator, device=device)
     else:
-        if share_noise and not isinstance(seed, int):
+        if share_noise and np.ndim(cast(Any, seed)) > 0:
             raise ValueError("share_noise=True gives all rows one draw; pass a single integer seed with it")
         seeds = row_seeds(seed, rows)
         streams = (torch.Generator().manual_seed(row_seed) for row_seed in seeds)
         drawn = torch.stack([_samples(shape, num_samples, stream) for stream in streams], dim=1)
     return drawn.to(latents.device).expand(num_samples, batch, *shape)
+
+
+def draw_level_noise(
+    latents: Tensor,
+    noise_levels: Sequence[float],
+    *,
+    num_samples: int = 1,
+    seed: int | Sequence[int] | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    share_noise: bool = False,
+) -> Tensor:
+    """Noise of its own for each level of an ensemble.
+
+    A seeded draw depends on the row's seed and the level, not on the other levels of the ensemble.
+
+    Args:
+        latents, num_samples, seed, generator, share_noise: as for `draw_noise`.
+        noise_levels: the levels.
+        noise: the noise itself, shape ``(levels, num_samples, batch, ...)``.
+
+    Returns:
+        `Tensor`: shape ``(levels, num_samples, batch, ...)``, float32, on the device of ``latents``.
+
+    Raises:
+        ValueError: as for `draw_noise`.
+    """
+    if noise is not None and (noise.ndim != latents.ndim + 2 or noise.shape[0] != len(noise_levels)):
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}; with share_noise_across_levels=False expected "
+            f"{(len(noise_levels), num_samples, *latents.shape)}: levels, draws, then the shape of the latents"
+        )
+    return torch.stack(
+        [
+            draw_noise(
+                latents,
+                num_samples=num_samples,
+                seed=_level_seed(seed, level),
+                generator=generator,
+                noise=None if noise is None else noise[place],
+                share_noise=share_noise,
+            )
+            for place, level in enumerate(noise_levels)
+        ]
+    )
 
 
 def fold_seed(*parts: int) -> int:
@@ -65,23 +115,45 @@ def fold_seed(*parts: int) -> int:
     return int(word >> np.uint64(1))
 
 
+def _level_seed(seed: int | Sequence[int] | Tensor | None, level: float) -> int | list[int] | None:
+    number = round(level * 1e6)
+    if seed is None or isinstance(seed, int):
+        return None if seed is None else fold_seed(seed, number, _LEVEL_STREAM)
+    return [fold_seed(int(each), number, _LEVEL_STREAM) for each in seed]
+
+
 def _samples(shape: tuple[int, ...], num_samples: int, stream: torch.Generator) -> Tensor:
     # One call per sample: torch fills large and small tensors in different orders.
     return torch.stack([torch.randn(shape, generator=stream) for _ in range(num_samples)])
 
 
-def row_seeds(seed: int | Sequence[int] | Tensor, batch: int) -> list[int]:
+def row_seeds(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor, batch: int) -> list[int]:
     """The seed of every row's own stream: derived from an integer, or as given.
 
+    Args:
+        seed: an integer of any kind (also a 0-d array or tensor of integers), or one for each row.
+
     Raises:
-        ValueError: another number of seeds than rows.
+        ValueError: another number of seeds than rows, or seeds that are no integers.
     """
-    if isinstance(seed, int):
-        return [fold_seed(seed, row) for row in range(batch)]
-    seeds = [int(value) for value in seed]
+    if isinstance(seed, (str, bytes, Set, Mapping)):
+        raise ValueError(f"seed must be an integer or a sequence of integers, got {type(seed).__name__} {seed!r}")
+    if np.ndim(cast(Any, seed)) == 0:
+        return [fold_seed(_integer(seed), row) for row in range(batch)]
+    seeds = [_integer(value) for value in seed]  # type: ignore[union-attr]
     if len(seeds) != batch:
         raise ValueError(f"got {len(seeds)} seeds for {batch} latents; pass one integer or one seed per latent")
     return seeds
+
+
+def _integer(value: Any) -> int:
+    """An integer of any kind, but no fraction that would have to be cut."""
+    try:
+        if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError("a truth value")
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"seeds must be integers, got {value!r}; fractions are not cut") from None
 
 
 def _given_noise(noise: Tensor, latents: Tensor, num_samples: int) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 
+_DDPM_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
 LevelDistribution = Literal["uniform", "logit_normal", "mode", "constant", "power", "beta"]
 
 
@@ -121,6 +123,11 @@ class FlowMatchingNoise(NoiseProcess):
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> FlowMatchingNoise:
+        if not is_flow_matching(config):
+            raise ValueError(
+                "this model is a flow-matching one, but the scheduler is a DDPM's (it has betas); pass `scheduler=` with "
+                "the model's own"
+            )
         scheduler = flow_matching_scheduler(config)
         return cls(levels=scheduler.sigmas, timesteps=scheduler.timesteps)
 
@@ -135,6 +142,10 @@ class VariancePreservingNoise(NoiseProcess):
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> VariancePreservingNoise:
         from diffusers import DDPMScheduler
 
+        if is_flow_matching(config) and config.get("prediction_type") not in _DDPM_PREDICTIONS:
+            raise ValueError(
+                "this model is a DDPM, but the scheduler is a flow-matching one; pass `scheduler=` with the model's own"
+            )
         scheduler = DDPMScheduler.from_config(dict(config))
         return cls(levels=(1 - scheduler.alphas_cumprod).sqrt(), timesteps=torch.arange(len(scheduler.alphas_cumprod)))
 
@@ -143,10 +154,36 @@ class VariancePreservingNoise(NoiseProcess):
 
 
 def is_flow_matching(scheduler_config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler configuration describes flow matching: flow sigmas, or neither betas nor a DDPM prediction."""
+    """Whether a scheduler configuration describes flow matching: flow sigmas, or neither betas nor a DDPM prediction.
+
+    Raises:
+        ValueError: it describes neither flow matching nor DDPM; see `check_known_process`.
+    """
+    check_known_process(scheduler_config)
     if scheduler_config.get("use_flow_sigmas") or scheduler_config.get("prediction_type") == "flow_prediction":
         return True
     return "beta_schedule" not in scheduler_config and "beta_start" not in scheduler_config
+
+
+def check_known_process(scheduler_config: Mapping[str, Any], name: str = "this scheduler") -> None:
+    """Refuses schedulers of processes that are neither DDPM nor flow matching.
+
+    EDM (arXiv 2206.00364; Playground v2.5), consistency and variance-exploding models add noise without weakening the
+    signal, TrigFlow ones along a circle: neither their levels nor their steps are those of the two processes here.
+
+    Args:
+        name: of the scheduler, for the message.
+
+    Raises:
+        ValueError: naming the scheduler.
+    """
+    has_betas = "beta_schedule" in scheduler_config or "beta_start" in scheduler_config
+    exploding = scheduler_config.get("sigma_max") is not None and not has_betas
+    if scheduler_config.get("sigma_data") is not None or exploding:
+        raise ValueError(
+            f"{name} belongs to models that are neither DDPM nor flow matching (EDM, consistency, TrigFlow: it has "
+            "sigma_data or sigma_max); rewards and policies on such models are not supported"
+        )
 
 
 def flow_matching_scheduler(config: Mapping[str, Any]) -> Any:
@@ -177,7 +214,7 @@ class LevelSampler:
     | ``power`` | ``u ** exponent`` |
     | ``beta`` | ``Beta(alpha, beta)`` |
 
-    Example:
+    Examples:
         >>> LevelSampler("logit_normal", mean=0.0, std=1.0).sample(16, generator=torch.Generator().manual_seed(0))
     """
 

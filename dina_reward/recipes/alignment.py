@@ -190,7 +190,9 @@ def _loading_options(name: str) -> dict[str, Any]:
 def _prompts_of(name: str, split: str) -> Sequence[Any]:
     path = Path(name, f"{split}.txt")
     if path.is_file():
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        from dina_reward.data.files import read_lines
+
+        return read_lines(path)
     from datasets import load_dataset
 
     return load_dataset(name, split=split)

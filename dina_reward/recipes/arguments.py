@@ -31,7 +31,7 @@ class ConfigParser(TrlParser):
     Args:
         dataclass_types: the dataclasses to fill.
 
-    Example:
+    Examples:
         >>> arguments, config = ConfigParser((RecipeArguments, DDPOConfig)).parse_args_and_config()
     """
 
@@ -39,7 +39,8 @@ class ConfigParser(TrlParser):
         types = tuple(dataclass_types)
         self.field_types = {name: hint for cls in types for name, hint in field_types(cls).items()}
         self._nulls: dict[str, None] = {}
-        super().__init__(types)  # type: ignore[arg-type]
+        # An option's beginning would be taken for it, although unknown keys are errors.
+        super().__init__(types, allow_abbrev=False)  # type: ignore[arg-type]
 
     def parse_args_and_config(  # type: ignore[override]
         self, args: Iterable[str] | None = None, **options: Any
@@ -75,8 +76,7 @@ class ConfigParser(TrlParser):
         known = {"config", "help", *self.field_types, *(f"no_{name}" for name in self.field_types)}
         for argument in arguments:
             name = argument.removeprefix("--").split("=")[0].replace("-", "_")
-            # argparse accepts unambiguous beginnings of a name.
-            if argument.startswith("--") and not any(option.startswith(name) for option in known):
+            if argument.startswith("--") and name not in known:
                 raise ValueError(f"unknown option {argument.split('=')[0]}{self._suggestion(name, '--')}")
 
     def _take_nulls(self, arguments: Sequence[str]) -> list[str]:
@@ -125,20 +125,29 @@ def field_types(dataclass_type: type) -> dict[str, Any]:
 def checked_value(name: str, value: Any, hint: Any) -> Any:
     """A YAML value for a field of this type.
 
-    Strings pass where anything else is expected, since the parser converts them (YAML reads ``1e-4`` as a string); a scalar
-    becomes a list of one where only a list fits.
+    Strings pass where anything else is expected, since the parser converts them (YAML reads ``1e-4`` as a string), except
+    in lists, where they are converted here; a scalar becomes a list of one where only a list fits.
 
     Raises:
         ValueError: the value does not fit.
     """
     if _fits(value, hint) or (isinstance(value, str) and not _takes_only_lists(hint)):
         return value
-    if not isinstance(value, (list, dict)) and _fits([value], hint):
-        return [value]
+    listed = [_number(item) for item in (value if isinstance(value, list) else [value])]
+    if not isinstance(value, dict) and _fits(listed, hint):
+        return listed
     expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
     # YAML 1.1 reads unquoted yes, no, on and off as booleans.
     advice = "; quote it to make it a string" if isinstance(value, (bool, int, float)) and _fits("", hint) else ""
     raise ValueError(f"{name} must be {expected}, got {value!r} in the configuration{advice}")
+
+
+def _number(value: Any) -> Any:
+    """The number that a string is, if it is one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -32,52 +32,19 @@ if TYPE_CHECKING:
     from dina_reward.shapes.preferences import PreferencePairs, build_pool, sample_pairs
     from dina_reward.shapes.prompts import Scene, all_scenes, sample_prompts, sample_scenes
     from dina_reward.shapes.renderer import render
-    from dina_reward.shapes.shipped import load_pipeline, load_reward, weights_dir
+    from dina_reward.shapes.shipped import load_aligned, load_pipeline, load_reward, weights_dir
 
-_MODULES = {
-    "Oracle": "oracle",
-    "OracleScores": "oracle",
-    "PipelineEvaluation": "evaluation",
-    "PreferencePairs": "preferences",
-    "Reading": "oracle",
-    "Scene": "prompts",
-    "all_scenes": "prompts",
-    "build_pool": "preferences",
-    "decode_latents": "autoencoder",
-    "degrade": "degradations",
-    "encode_images": "autoencoder",
-    "evaluate_pipeline": "evaluation",
-    "load_pipeline": "shipped",
-    "load_reward": "shipped",
-    "render": "renderer",
-    "sample_latents": "generator",
-    "sample_pairs": "preferences",
-    "sample_prompts": "prompts",
-    "sample_scenes": "prompts",
-    "weights_dir": "shipped",
-}
-
-__all__ = [
-    "Oracle",
-    "OracleScores",
-    "PipelineEvaluation",
-    "PreferencePairs",
-    "Reading",
-    "Scene",
-    "all_scenes",
-    "build_pool",
-    "decode_latents",
-    "degrade",
-    "encode_images",
-    "evaluate_pipeline",
-    "load_pipeline",
-    "load_reward",
-    "render",
-    "sample_latents",
-    "sample_pairs",
-    "sample_prompts",
-    "sample_scenes",
-    "weights_dir",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "autoencoder": ("decode_latents", "encode_images"),
+        "degradations": ("degrade",),
+        "evaluation": ("PipelineEvaluation", "evaluate_pipeline"),
+        "generator": ("sample_latents",),
+        "oracle": ("Oracle", "OracleScores", "Reading"),
+        "preferences": ("PreferencePairs", "build_pool", "sample_pairs"),
+        "prompts": ("Scene", "all_scenes", "sample_prompts", "sample_scenes"),
+        "renderer": ("render",),
+        "shipped": ("load_aligned", "load_pipeline", "load_reward", "weights_dir"),
+    },
+)

@@ -8,26 +8,44 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dina_reward.checkpoints.atomic import atomic_file
-from dina_reward.evaluation import PairProtocol, fit_variance, measure_calibration, pairwise_accuracy, score_pairs
+from dina_reward.evaluation import (
+    DrawMargins,
+    PairProtocol,
+    fit_variance,
+    margin_variances,
+    measure_calibration,
+    pairwise_accuracy,
+    score_draws,
+    score_pairs,
+)
 from dina_reward.likelihood import PreferenceModel, ThurstoneModel, ensemble_level
 from dina_reward.reward import LatentReward
 from dina_reward.shapes.alignment import align
-from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, SOURCES, PreferencePairs, build_pool, sample_pairs
+from dina_reward.shapes.preferences import (
+    LABEL_NOISE,
+    NEGLIGIBLE_GAP,
+    SOURCES,
+    PreferencePairs,
+    build_pool,
+    sample_pairs,
+)
+from dina_reward.shapes.prompts import ATTRIBUTES
 from dina_reward.shapes.reward import train_reward
 from dina_reward.shapes.shipped import load_pipeline
 
 
 RESULT_NAME = "result.json"
-STEPS, ITERATIONS = 850, 12
+STEPS, ITERATIONS = 500, 12
 """Optimizer steps of a reward; alignment iterations with it."""
 
 
@@ -40,12 +58,16 @@ class Variant:
         reward: fields of `LatentRewardConfig`.
         training: fields of `LatentRewardTrainingConfig`.
         use_level: noise level at which the reward is used in alignment, one that it was trained at.
+        labels: name of the labeller in `LABELLERS`.
+        align: whether the generator is aligned with the reward.
     """
 
     title: str
     reward: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     use_level: float = 0.4
+    labels: str = "even"
+    align: bool = True
 
 
 FIXED = {"variance_scale": 0.0, "variance_offset": 0.5}
@@ -60,14 +82,21 @@ VARIANTS = {
         "clean only", reward=FIXED, training={"level_distribution": "constant", "level_value": 0.0}, use_level=0.0
     ),
     "frozen": Variant("frozen backbone", training={"freeze_backbone": True}),
+    "uneven_calibrated": Variant("noise-calibrated, uneven labels", labels="uneven", align=False),
+    "uneven_fixed": Variant("fixed variance, uneven labels", reward=FIXED, labels="uneven", align=False),
 }
-LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-ENSEMBLES = {1: (0.4,), 2: (0.3, 0.5), 3: (0.2, 0.4, 0.6), 5: (0.2, 0.3, 0.4, 0.5, 0.6)}
-"""Number of levels: the levels, all around .4."""
+LEVELS, SINGLE = (0.0, 0.1, 0.2, 0.4, 0.6, 0.7, 0.8), 0.4
+"""Levels that rewards are evaluated at; the single level that ensembles are compared with."""
+ENSEMBLES, DRAWS = ((0.2, 0.4, 0.6), (0.1, 0.4, 0.7)), 3
+"""Levels of the ensembles, all around `SINGLE`, the second ones further apart; noise draws of everything."""
+TOKEN_ENSEMBLES = ENSEMBLES[1:]
+"""Those that the head attends over, too: each takes as many passes as there are levels times draws, twice."""
+FIT_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8)
+"""Levels that a Thurstone variance is fitted at."""
 
 BATCH_SIZE, LEARNING_RATE, EMA_DECAY = 64, 1.5e-3, 0.985
 TRAIN_POOL, TEST_POOL = 1024, 128
-TRAIN_PAIRS, TEST_PAIRS = 80_000, 2_600
+TRAIN_PAIRS, TEST_PAIRS = 80_000, 2_000
 EVALUATION_SEED, FRESH_SEED = 1234, 777
 KINDS = ("render", "ode", "sde")
 """Sources of the latents: renders and samples. Degraded ones, which are told apart without reading the prompt, are left out,
@@ -102,21 +131,68 @@ def informative(pairs: PreferencePairs) -> PreferencePairs:
     return replace(pairs, **columns)
 
 
-class SingleVotes(Sequence[Mapping[str, Any]]):
-    """Training rows as most datasets have them: what one labeller said of each pair, with his errors.
+def even_deviation(pairs: PreferencePairs) -> Tensor:
+    """Deviation of the labeller's error in quality, the same for every pair, shape ``(pairs,)``."""
+    return torch.full((len(pairs),), LABEL_NOISE)
+
+
+def uneven_deviation(pairs: PreferencePairs) -> Tensor:
+    """Deviation of a labeller who errs more where there is less to see, shape ``(pairs,)``.
+
+    ``LABEL_NOISE * (2 if the caption asks for a small shape else 1) * (1 + 2 (1 - c))``, where ``c`` is the cleanness of the
+    less clean one of the two latents: three times the error where one is noise, six times where it is small, too.
+    """
+    size = list(ATTRIBUTES).index("size")
+    small = pairs.scenes[:, size] == ATTRIBUTES["size"].index("small")
+    cleanness = torch.minimum(pairs.cleanness[pairs.chosen], pairs.cleanness[pairs.rejected])
+    return LABEL_NOISE * (1 + small.float()) * (1 + 2 * (1 - cleanness))
+
+
+LABELLERS = {"even": even_deviation, "uneven": uneven_deviation}
+
+
+def vote_again(pairs: PreferencePairs, deviation: Tensor, seed: int = 0) -> PreferencePairs:
+    """The same pairs with new votes, right with probability ``Phi(|gap| / deviation)``.
 
     Args:
-        pairs: the labelled pairs.
+        pairs: whose qualities are known.
+        deviation: of the labeller's error, shape ``(pairs,)``.
+        seed: of the votes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    right = torch.rand(len(pairs), generator=generator) < torch.special.ndtr(pairs.gap.abs() / deviation)
+    kept = right == (pairs.gap >= 0)
+    return replace(
+        pairs,
+        chosen=torch.where(kept, pairs.chosen, pairs.rejected),
+        rejected=torch.where(kept, pairs.rejected, pairs.chosen),
+        gap=torch.where(kept, pairs.gap, -pairs.gap),
+    )
+
+
+class LabelledRows(Sequence[Mapping[str, Any]]):
+    """Rows of pairs with what a labeller says of each.
+
+    Args:
+        pairs: the pairs, the preferred latent first.
+        deviation: of the labeller's error, shape ``(pairs,)``, for the probability of his vote; ``None``: the vote itself,
+            with its errors, as most datasets have it.
     """
 
-    def __init__(self, pairs: PreferencePairs) -> None:
+    def __init__(self, pairs: PreferencePairs, deviation: Tensor | None = None) -> None:
         self.pairs = pairs
+        self._p_chosen = (
+            torch.ones(len(pairs)) if deviation is None else torch.special.ndtr(pairs.gap / deviation)
+        ).tolist()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: Any) -> Any:
-        return {**self.pairs[index], "p_chosen": 1.0}
+        return {**self.pairs[index], "p_chosen": self._p_chosen[index]}
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return (self[index] for index in range(len(self)))
 
 
 def run_variant(name: str, seed: int, output: Path, *, steps: int = STEPS, iterations: int = ITERATIONS) -> None:
@@ -130,10 +206,16 @@ def run_variant(name: str, seed: int, output: Path, *, steps: int = STEPS, itera
         iterations: alignment iterations with it.
     """
     variant, directory = VARIANTS[name], output / name / f"seed-{seed}"
+    labeller = LABELLERS[variant.labels]
+    train, held_out, fresh = (
+        PreferencePairs.load(output / "pairs" / f"{part}.safetensors") for part in ("train", "held_out", "fresh")
+    )
+    if variant.labels != "even":
+        train, fresh = (vote_again(pairs, labeller(pairs)) for pairs in (train, fresh))
     pipeline, started = load_pipeline(), time.perf_counter()
     reward = train_reward(
         pipeline,
-        SingleVotes(PreferencePairs.load(output / "pairs" / "train.safetensors")),
+        LabelledRows(train),
         directory / "reward",
         steps=steps,
         batch_size=BATCH_SIZE,
@@ -143,23 +225,11 @@ def run_variant(name: str, seed: int, output: Path, *, steps: int = STEPS, itera
         training_settings={"ema_decay": EMA_DECAY, **variant.training},
     )
     trained = time.perf_counter()
-    held_out, fresh = (
-        PreferencePairs.load(output / "pairs" / f"{split}.safetensors") for split in ("held_out", "fresh")
+    result: dict[str, Any] = evaluate_variant(
+        reward, LabelledRows(held_out, labeller(held_out)), LabelledRows(fresh), variant.use_level
     )
-    result: dict[str, Any] = evaluate_variant(reward, list(held_out), SingleVotes(fresh))
     evaluated = time.perf_counter()
-    aligned = align(
-        directory / "alignment",
-        iterations=iterations,
-        evaluate_every=iterations,
-        seed=seed,
-        reward_path=directory / "reward" / "averaged",
-        reward_noise_level=[variant.use_level],
-    )
-    first, last = aligned.history[0].metrics, aligned.history[-1].metrics
-    result["alignment"] = {
-        metric: [first[metric], last[metric]] for metric in first if metric in last and metric != "step"
-    }
+    result["alignment"] = _align(variant, directory, seed, iterations) if variant.align else None
     result["seconds"] = {
         "training": trained - started,
         "evaluation": evaluated - trained,
@@ -169,54 +239,89 @@ def run_variant(name: str, seed: int, output: Path, *, steps: int = STEPS, itera
         staging.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def evaluate_variant(reward: LatentReward, pairs: Sequence[Any], fresh: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy and calibration of one reward, at every level and of ensembles in both ways, for JSON.
+def _align(variant: Variant, directory: Path, seed: int, iterations: int) -> dict[str, list[float]]:
+    """What the held-out evaluations before and after alignment say, by metric."""
+    aligned = align(
+        directory / "alignment",
+        iterations=iterations,
+        evaluate_every=iterations,
+        seed=seed,
+        reward_path=directory / "reward" / "averaged",
+        reward_noise_level=[variant.use_level],
+    )
+    first, last = aligned.history[0].metrics, aligned.history[-1].metrics
+    return {metric: [first[metric], last[metric]] for metric in first if metric in last and metric != "step"}
+
+
+def evaluate_variant(
+    reward: LatentReward, pairs: LabelledRows, fresh: LabelledRows, use_level: float
+) -> dict[str, Any]:
+    """Accuracy and calibration of one reward, at every level and of ensembles of every kind, for JSON.
 
     Args:
         reward: the reward.
-        pairs: held-out pairs.
+        pairs: held-out pairs with the labeller's probabilities.
         fresh: pairs with single votes that a Thurstone variance is fitted to; calibration with it is reported, too.
+        use_level: whose scores' deviation is the unit of the reward's gain in alignment.
     """
-    single = score_pairs(reward, pairs, PairProtocol(LEVELS, None), batch_size=256, progress=False)
-    labels, margins = single.p_chosen, dict(zip(LEVELS, single.margins.T, strict=True))
-    model = reward.preference_model
-    ensembles: dict[str, dict[str, Any]] = {"mean": {}, "tokens": {}}
-    for count, levels in ENSEMBLES.items():
-        # All levels of an ensemble see one noise tensor, so the average of single-level scores is the ensemble "mean".
-        average = torch.stack([margins[level] for level in levels]).mean(dim=0)
-        ensembles["mean"][str(count)] = _figures(model, average, labels, levels)
-        if count == 1:
-            ensembles["tokens"]["1"] = ensembles["mean"]["1"]
-            continue
-        scores = score_pairs(reward, pairs, PairProtocol((), levels, "tokens"), batch_size=256, progress=False)
-        ensembles["tokens"][str(count)] = _figures(model, scores.margins[:, 0], labels, levels)
-    fitted = None
-    if isinstance(model, ThurstoneModel):
-        votes = score_pairs(reward, fresh, PairProtocol(LEVELS, None), batch_size=256, progress=False)
-        found = fit_variance(votes.margins, LEVELS, votes.p_chosen)
-        errors = {f"{level:g}": _figures(found, margins[level], labels, (level,))["ece"] for level in LEVELS}
-        fitted = {"variance_scale": found.variance_scale, "variance_offset": found.variance_offset, "ece": errors}
+    options: dict[str, Any] = {"batch_size": 256, "progress": False}
+    margins = score_draws(reward, pairs, LEVELS, ensembles=TOKEN_ENSEMBLES, draws=DRAWS, **options)
+    used = score_pairs(reward, pairs, PairProtocol((use_level,), None), **options)
+    model, labels = reward.preference_model, margins.labels
+    variances = margin_variances(margins.margins, LEVELS)
     return {
         "pairs": len(pairs),
-        "fitted": fitted,
-        "levels": {f"{level:g}": _figures(model, margins[level], labels, (level,)) for level in LEVELS},
-        "score_std": {
-            f"{level:g}": float(torch.cat([chosen, rejected]).std())
-            for level, chosen, rejected in zip(LEVELS, single.chosen.T, single.rejected.T, strict=True)
+        "levels": {f"{level:g}": _figures(model, margins.at(level), labels, (level,)) for level in LEVELS},
+        "noise_share": {f"{part.noise_level:g}": part.noise_share for part in variances},
+        "ensembles": {
+            name: _figures(model, values, labels, levels) for name, (levels, values) in _ensembles(margins).items()
         },
-        "ensembles": ensembles,
+        "fitted": _fitted(reward, margins, fresh, options) if isinstance(model, ThurstoneModel) else None,
+        "score_std": float(torch.cat([used.chosen, used.rejected]).std()),
     }
+
+
+def _ensembles(margins: DrawMargins) -> dict[str, tuple[tuple[float, ...], Tensor]]:
+    """Levels and margins ``(pairs, repetitions)`` by name: draws at one level; levels that share their noise or do not."""
+    found: dict[str, tuple[tuple[float, ...], Tensor]] = {
+        f"{count} draws": ((SINGLE,), margins.of_draws(SINGLE, count)) for count in range(2, DRAWS + 1)
+    }
+    for levels in ENSEMBLES:
+        shown = ", ".join(f"{level:g}" for level in levels)
+        for shared, noise in ((True, "shared noise"), (False, "own noise")):
+            found[f"({shown}), {noise}, mean"] = levels, margins.of_levels(levels, shared=shared)
+            if levels in TOKEN_ENSEMBLES:
+                found[f"({shown}), {noise}, tokens"] = levels, margins.tokens[levels, shared]
+    return found
+
+
+def _fitted(
+    reward: LatentReward, margins: DrawMargins, fresh: LabelledRows, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The variance that fits single votes best, and the calibration errors with it; none where no variance fits."""
+    votes = score_pairs(reward, fresh, PairProtocol(FIT_LEVELS, None), **options)
+    try:
+        found = fit_variance(votes.margins, FIT_LEVELS, votes.p_chosen)
+    except ValueError:  # no variance fits scores that say nothing about the votes
+        return None
+    errors = {f"{level:g}": _figures(found, margins.at(level), margins.labels, (level,))["ece"] for level in LEVELS}
+    return {"variance_scale": found.variance_scale, "variance_offset": found.variance_offset, "ece": errors}
 
 
 def _figures(model: PreferenceModel, margins: Tensor, labels: Tensor, levels: Sequence[float]) -> dict[str, float]:
-    probability = model.probability(margins, torch.zeros_like(margins), ensemble_level(torch.tensor(levels)))
-    calibration = measure_calibration(probability, labels)
-    return {
-        "accuracy": pairwise_accuracy(margins, labels).value,
-        "ece": calibration.expected_calibration_error,
-        "nll": calibration.nll,
-        "brier": calibration.brier,
-    }
+    """Figures of margins ``(pairs, repetitions)``, means over repetitions."""
+    level, rows = ensemble_level(torch.tensor(levels)), []
+    for column in margins.T:
+        calibration = measure_calibration(model.probability(column, torch.zeros_like(column), level), labels)
+        rows.append(
+            {
+                "accuracy": pairwise_accuracy(column, labels).value,
+                "ece": calibration.expected_calibration_error,
+                "nll": calibration.nll,
+                "brier": calibration.brier,
+            }
+        )
+    return {name: mean(row[name] for row in rows) for name in rows[0]}
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ DEGRADED_SHARE = 0.4
 def new_autoencoder() -> AutoencoderKL:
     """An untrained autoencoder: (3, 32, 32) images to (8, 8, 8) latents."""
     return AutoencoderKL(
-        block_out_channels=(8, 16, 48),
+        block_out_channels=(12, 24, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
@@ -70,9 +70,9 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, batch_size: int = 256) -
 
 
 def train_autoencoder(
-    steps: int = 2500,
-    batch_size: int = 32,
-    learning_rate: float = 2e-3,
+    steps: int = 3200,
+    batch_size: int = 16,
+    learning_rate: float = 1.6e-3,
     kl_weight: float = 1e-3,
     seed: int = 0,
 ) -> AutoencoderKL:

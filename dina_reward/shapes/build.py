@@ -4,11 +4,15 @@
 |---|---|---|
 | vae | `vae/` | renders |
 | generator | `flow/`, the flow-matching pipeline | `vae/` |
-| preferences | `flow-preferences/train.safetensors`, `flow-preferences/held_out.safetensors` | `flow/` |
+| aligned | `flow-aligned/`, samples of generators aligned with provisional rewards | `flow/` |
+| preferences | `flow-preferences/train.safetensors`, `flow-preferences/held_out.safetensors` | `flow/`, `flow-aligned/` |
 | reward | `flow-reward/` | `flow/`, `flow-preferences/` |
 | ddpm-generator | `ddpm/`, the DDPM pipeline | `vae/` |
-| ddpm-preferences | `ddpm-preferences/` | `ddpm/` |
+| ddpm-aligned | `ddpm-aligned/` | `ddpm/` |
+| ddpm-preferences | `ddpm-preferences/` | `ddpm/`, `ddpm-aligned/` |
 | ddpm-reward | `ddpm-reward/` | `ddpm/`, `ddpm-preferences/` |
+
+The package ships the pipelines, the rewards and `held_out.safetensors` of the aligned samples.
 
 A finished stage is kept: run the command again to continue after an interruption, or name a stage with `--force` to
 make it anew.
@@ -25,11 +29,13 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
-from dina_reward.checkpoints.atomic import atomic_directory
+from dina_reward.checkpoints.atomic import atomic_directory, atomic_file
 from dina_reward.evaluation import calibrate_variance
 from dina_reward.families import family_of
 
+from .attack import attack_reward
 from .autoencoder import reconstruction_psnr, train_autoencoder
 from .evaluation import evaluate_pipeline
 from .preferences import PreferencePairs, build_pool, sample_pairs
@@ -39,10 +45,22 @@ from .reward import evaluate_reward, train_reward
 from .worlds import WORLDS, World
 
 
-POOL_SIZES = {"train": 4096, "held_out": 1024}
+POOL_SIZES = {"train": 4096, "held_out": 768}
 """Latents of each of the five sources."""
 
-PAIR_COUNTS = {"train": 60000, "held_out": 4000}
+PAIR_COUNTS = {"train": 120000, "held_out": 4000}
+
+ROUNDS = {"flow": 2, "ddpm": 1}
+"""Provisional rewards that are trained and hacked, each with the samples that hacked the ones before."""
+
+PROVISIONAL_STEPS, PROVISIONAL_POOL, PROVISIONAL_PAIRS = 800, 1024, 40000
+"""Optimizer steps of a provisional reward; latents of each source and pairs that it is trained on."""
+
+ALIGNED_COUNTS = {"train": 1024, "held_out": 256}
+"""Samples of aligned generators that each round gives."""
+
+FURTHER_STEPS, FURTHER_LEARNING_RATE = {"flow": 1500, "ddpm": 0}, 1e-3
+"""A second, shorter run of the schedule: the transformer takes long to tell outlines apart."""
 
 CALIBRATION_SEED, CALIBRATION_POOL, CALIBRATION_PAIRS = 777, 256, 4000
 """Pairs that the variance of a trained reward's likelihood is fitted to: other latents, captions of the training split."""
@@ -60,7 +78,7 @@ def build_vae(output: Path, seed: int = 0) -> None:
 def build_generator(world: World, output: Path, seed: int = 0) -> None:
     """Train a generator and write its pipeline, denoiser and autoencoder in half precision."""
     vae = AutoencoderKL.from_pretrained(output / "vae")
-    pipeline = world.train(vae.eval().requires_grad_(False), seed=seed)
+    pipeline = world.train(vae.eval().requires_grad_(False), seed=seed, compile=True)
     print(evaluate_pipeline(pipeline, seed=seed))
     save_pipeline(pipeline, output / world.name)
 
@@ -82,12 +100,36 @@ def forget_origin(directory: Path) -> None:
             path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def build_aligned(world: World, output: Path, seed: int = 0) -> None:
+    """Train provisional rewards, align generators with them, and write samples of these for the prompts of both splits."""
+    work = output / f"{world.name}-aligned-training"
+    pipeline = DiffusionPipeline.from_pretrained(output / world.name)
+    found: dict[str, torch.Tensor] = {}
+    for number in range(ROUNDS[world.name]):
+        path = work / f"round-{number}.safetensors"
+        if not path.is_file():
+            round_seed = seed + 100 * (number + 1)
+            pool = build_pool(pipeline, "train", PROVISIONAL_POOL, round_seed, aligned=found.get("train"))
+            pairs = sample_pairs(pool, "train", PROVISIONAL_PAIRS, round_seed)
+            runs = work / f"round-{number}"
+            train_reward(pipeline, pairs, runs / "reward", steps=PROVISIONAL_STEPS, seed=round_seed)
+            taken = attack_reward(output / world.name, runs / "reward" / "averaged", runs, ALIGNED_COUNTS, round_seed)
+            with atomic_file(path) as staging:
+                save_file(taken, staging)
+        taken = load_file(path)
+        found = {split: torch.cat([found[split], taken[split]]) if found else taken[split] for split in taken}
+    with atomic_directory(output / f"{world.name}-aligned") as directory:
+        for split, latents in found.items():
+            save_file({"latents": latents.half()}, directory / f"{split}.safetensors")
+
+
 def build_preferences(world: World, output: Path, seed: int = 0) -> None:
     """Sample, read and pair latents, and write the labelled pairs of both splits."""
     pipeline = DiffusionPipeline.from_pretrained(output / world.name)
     with atomic_directory(output / f"{world.name}-preferences") as directory:
         for offset, split in enumerate(POOL_SIZES):
-            pool = build_pool(pipeline, split, POOL_SIZES[split], seed=seed + offset)
+            aligned = load_file(output / f"{world.name}-aligned" / f"{split}.safetensors")["latents"]
+            pool = build_pool(pipeline, split, POOL_SIZES[split], seed=seed + offset, aligned=aligned)
             pairs = sample_pairs(pool, split, PAIR_COUNTS[split], seed=seed + offset)
             pairs.save(directory / f"{split}.safetensors")
             errors = (pairs.gap < 0).float().mean()
@@ -99,10 +141,20 @@ def build_reward(world: World, output: Path, seed: int = 0) -> None:
     pipeline = DiffusionPipeline.from_pretrained(output / world.name)
     preferences = output / f"{world.name}-preferences"
     pairs = {split: PreferencePairs.load(preferences / f"{split}.safetensors") for split in POOL_SIZES}
-    reward = train_reward(pipeline, pairs["train"], output / f"{world.name}-reward-training", seed=seed)
+    runs = output / f"{world.name}-reward-training"
+    reward = train_reward(pipeline, pairs["train"], runs, seed=seed)
+    if steps := FURTHER_STEPS[world.name]:
+        reward = train_reward(
+            *(pipeline, pairs["train"], runs / "further"),
+            steps=steps,
+            learning_rate=FURTHER_LEARNING_RATE,
+            start=runs / "averaged",
+            seed=seed + 1,
+        )
     fresh_seed = seed + CALIBRATION_SEED
+    aligned = load_file(output / f"{world.name}-aligned" / "train.safetensors")["latents"]
     fresh = sample_pairs(
-        build_pool(pipeline, "train", CALIBRATION_POOL, fresh_seed), "train", CALIBRATION_PAIRS, fresh_seed
+        build_pool(pipeline, "train", CALIBRATION_POOL, fresh_seed, aligned), "train", CALIBRATION_PAIRS, fresh_seed
     )
     print(f"variance fitted to {len(fresh)} pairs: {calibrate_variance(reward, fresh, batch_size=256)}")
     report = evaluate_reward(reward, pairs["held_out"])
@@ -115,6 +167,7 @@ def _stages() -> dict[str, tuple[Callable[..., None], str]]:
     for world in WORLDS:
         prefix = "" if world.name == "flow" else f"{world.name}-"
         stages[f"{prefix}generator"] = (partial(build_generator, world), world.name)
+        stages[f"{prefix}aligned"] = (partial(build_aligned, world), f"{world.name}-aligned")
         stages[f"{prefix}preferences"] = (partial(build_preferences, world), f"{world.name}-preferences")
         stages[f"{prefix}reward"] = (partial(build_reward, world), f"{world.name}-reward")
     return stages

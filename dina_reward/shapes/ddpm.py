@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autoencoder import LATENT_CHANNELS, LATENT_SIZE
-from .generator import Cycle, GeneratorTraining
+from .generator import CORRUPTION, Cycle, GeneratorTraining
 from .text import HIDDEN_SIZE, new_text_encoder, new_tokenizer
 
 
-CYCLES = (Cycle(2800), Cycle(2000, jitter=0.25))
-"""The second cycle sees narrow placements, as for the flow-matching generator."""
+CYCLES = (Cycle(2500, jitter=0.5, corruption=0.1), Cycle(2000, jitter=0.25, corruption=CORRUPTION))
+"""As for the flow-matching generator."""
 
 
 def new_ddpm_pipeline(vae: AutoencoderKL, seed: int = 0) -> StableDiffusionPipeline:
@@ -120,12 +120,13 @@ def train_ddpm_generator(vae: AutoencoderKL, **settings: Any) -> StableDiffusion
     pipeline = new_ddpm_pipeline(vae, training.seed)
     unet, scheduler = pipeline.unet.to(memory_format=torch.channels_last), pipeline.scheduler
     table = encode_prompts(pipeline, training.captions)
+    denoise = torch.compile(unet, dynamic=False) if training.compile else unet
 
     def loss_of(step: int, clean: Tensor, captions: Tensor, draws: torch.Generator) -> Tensor:
         timestep = torch.randint(scheduler.config.num_train_timesteps, (len(clean),), generator=draws)
         noise = torch.randn(clean.shape, generator=draws)
         noisy = scheduler.add_noise(clean, noise, timestep).contiguous(memory_format=torch.channels_last)
-        return F.mse_loss(unet(noisy, timestep, encoder_hidden_states=table[captions]).sample, noise)
+        return F.mse_loss(denoise(noisy, timestep, encoder_hidden_states=table[captions]).sample, noise)
 
     training.run(unet, pipeline.vae, loss_of)
     return pipeline

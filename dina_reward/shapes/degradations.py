@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,6 +77,39 @@ def ghost(images: Tensor, strength: Tensor, generator: torch.Generator) -> Tenso
     return _paint(images, cover * (0.8 * strength)[:, None, None], color)
 
 
+def dots(images: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
+    """Paint a regular grid of small dots of one random color, with opacity growing with strength."""
+    count, axis = len(images), torch.arange(IMAGE_SIZE)
+    period = torch.randint(4, 9, (count, 1), generator=generator)
+    phase = torch.randint(8, (count, 2, 1), generator=generator)
+    x, y = ((axis + phase[:, side]) % period < 2 for side in (0, 1))
+    color = palette(COLORS)[torch.randint(len(COLORS), (count,), generator=generator)]
+    return _paint(images, (x[:, None, :] & y[:, :, None]) * strength[:, None, None], color)
+
+
+def grid(images: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
+    """Add a standing wave of period 3 to 8 pixels and a random color, of amplitude 0.35 * strength."""
+    count, axis = len(images), torch.arange(IMAGE_SIZE)
+    period = 3 + 5 * torch.rand(count, 1, generator=generator)
+    phase = 2 * math.pi * torch.rand(count, 2, 1, generator=generator)
+    x, y = (torch.sin(2 * math.pi * axis / period + phase[:, side]) for side in (0, 1))
+    color = 2 * torch.rand(count, 3, 1, 1, generator=generator) - 1
+    return images + MAX_NOISE * _per_image(strength) * color * (x[:, None, None, :] * y[:, None, :, None])
+
+
+def halo(images: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
+    """Sharpen beyond measure: add 2 * strength times the difference to a blurred copy, which rings outlines with light."""
+    return images + 2 * _per_image(strength) * (images - blur(images, torch.full_like(strength, 0.6), generator))
+
+
+def blob(images: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
+    """Round the shape off: blur by 3 * strength pixels, then restore the contrast, so that only the outline is lost."""
+    low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
+    middle = (low + high) / 2
+    gain = 1 + 4 * _per_image(strength)
+    return torch.clamp(middle + gain * (blur(images, strength, generator) - middle), low, high)
+
+
 DEGRADATIONS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
     "blur": blur,
     "noise": noise,
@@ -84,6 +118,10 @@ DEGRADATIONS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
     "clutter": clutter,
     "occlusion": occlusion,
     "ghost": ghost,
+    "dots": dots,
+    "grid": grid,
+    "halo": halo,
+    "blob": blob,
 }
 
 

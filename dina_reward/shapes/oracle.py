@@ -19,8 +19,8 @@ from .prompts import ATTRIBUTES, BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, all_
 from .renderer import IMAGE_SIZE, MAX_OFFSET, RADIUS_RANGES, Placement, compose, coverage, palette, render
 
 
-FIT_WEIGHT = 0.8
-"""Weight of fit in quality; cleanness has the rest, so that all of it is worth as much as one attribute of four."""
+FIT_WEIGHT = 0.7
+"""Weight of fit in quality; cleanness has the rest, so that all of it is worth nearly two attributes of four."""
 
 RESIDUAL_SCALE = 0.1
 """Root-mean-square deviation from the nearest render at which cleanness is one half."""
@@ -73,7 +73,7 @@ class OracleScores:
 
     @property
     def quality(self) -> Tensor:
-        """0.8 * fit + 0.2 * cleanness, which labels the preference pairs, shape (batch_size,)."""
+        """0.7 * fit + 0.3 * cleanness, which labels the preference pairs, shape (batch_size,)."""
         return FIT_WEIGHT * self.fit + (1 - FIT_WEIGHT) * self.cleanness
 
 

@@ -7,9 +7,10 @@ latent fits *any* caption, as many pairs as wanted can be drawn from it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import torch
@@ -24,21 +25,36 @@ from .renderer import render
 from .worlds import world_of
 
 
-LABEL_NOISE = 0.1
-"""Deviation of the labeller's error in quality: P(a > b) = Phi((quality_a - quality_b) / 0.1)."""
+LABEL_NOISE = 0.08
+"""Deviation of the labeller's error in quality: P(a > b) = Phi((quality_a - quality_b) / 0.08)."""
 
-NEGLIGIBLE_GAP = 0.1
+NEGLIGIBLE_GAP = FIT_WEIGHT / len(ATTRIBUTES) / 2
 """Pairs whose qualities differ by less (half an attribute) are left out of accuracies."""
 
-SOURCES = ("render", "degraded", "perturbed", "ode", "sde")
+SOURCES = ("render", "degraded", "perturbed", "ode", "sde", "aligned")
 """Where latents come from: encoded renders, encoded degraded renders, either of these or samples with noise added to
-the latent, and samples of the generator drawn without and with fresh noise in each step."""
+the latent, samples of the generator drawn without and with fresh noise in each step, and samples of generators that have
+been aligned with a reward until it was hacked."""
 
-SOURCE_WEIGHTS = {"render": 0.15, "degraded": 0.15, "perturbed": 0.15, "ode": 0.2, "sde": 0.35}
+SOURCE_WEIGHTS = {"render": 0.15, "degraded": 0.15, "perturbed": 0.1, "ode": 0.2, "sde": 0.25, "aligned": 0.15}
 """Share of each source in the pairs."""
 
-MATCH_WEIGHTS = {4: 0.3, 3: 0.3, 2: 0.22, 1: 0.13, 0: 0.05}
+MATCH_WEIGHTS = {4: 0.35, 3: 0.3, 2: 0.2, 1: 0.1, 0: 0.05}
 """Share of latents that have so many of the caption's four attributes."""
+
+PAIR_WEIGHTS = {"any": 0.3, "attribute": 0.5, "cleanness": 0.2}
+"""Share of pairs of two independent draws, of two latents that differ in one attribute, which the first has right, and of
+two that show the same scene and differ in cleanness alone."""
+
+ATTRIBUTE_WEIGHTS = {"size": 1, "color": 2, "shape": 4, "background": 1}
+"""How often pairs differ in which attribute: the more often, the harder it is to see. Outlines take a reward longest."""
+
+SAME_SOURCE = 0.5
+"""Chance that the two latents of a pair that is not `any` are of one source."""
+
+
+_ATTRIBUTE_WEIGHTS = [ATTRIBUTE_WEIGHTS[name] for name in ATTRIBUTES]
+_NUM_VALUES = [len(values) for values in ATTRIBUTES.values()]
 
 
 class PreferenceRecord(TypedDict):
@@ -46,7 +62,8 @@ class PreferenceRecord(TypedDict):
 
     `chosen` and `rejected` are scaled latents of shape (8, 8, 8); `p_chosen` is the probability with which the
     labeller prefers `chosen`, below one half where the label is an error; `gap` is the quality of `chosen` minus that
-    of `rejected`; `kind` names the sources of the two, for example "sde-render".
+    of `rejected`; `kind` names the sources of the two, for example "sde-render"; `differs` says where the two differ in
+    what the caption asks for: one attribute, "several", or, where both are right in the same, "cleanness".
     """
 
     prompt: str
@@ -55,6 +72,7 @@ class PreferenceRecord(TypedDict):
     p_chosen: float
     gap: float
     kind: str
+    differs: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,8 @@ class PreferencePairs:
         scenes (Tensor): the scene of each caption as attribute indices, shape (count, 4).
         gap (Tensor): quality of the chosen minus quality of the rejected latent, shape (count,).
         source (Tensor): index into `SOURCES` for each latent of the pool, shape (pool_size,).
+        indices (Tensor): attributes that the oracle reads in each latent of the pool, shape (pool_size, 4).
+        cleanness (Tensor): the oracle's cleanness of each latent of the pool, shape (pool_size,).
     """
 
     latents: Tensor
@@ -98,6 +118,8 @@ class PreferencePairs:
     scenes: Tensor
     gap: Tensor
     source: Tensor
+    indices: Tensor
+    cleanness: Tensor
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -111,7 +133,16 @@ class PreferencePairs:
             p_chosen=float(preference_probability(self.gap[index])),
             gap=float(self.gap[index]),
             kind="-".join(SOURCES[source] for source in self.source[[chosen, rejected]].tolist()),
+            differs=self.differs(index),
         )
+
+    def differs(self, index: int) -> str:
+        """Where the latents of a pair differ in what the caption asks for, see `PreferenceRecord`."""
+        chosen, rejected = (
+            self.indices[int(side[index])] == self.scenes[index] for side in (self.chosen, self.rejected)
+        )
+        names = [name for name, differ in zip(ATTRIBUTES, (chosen != rejected).tolist(), strict=True) if differ]
+        return "cleanness" if not names else names[0] if len(names) == 1 else "several"
 
     def __iter__(self) -> Iterator[PreferenceRecord]:
         return (self[index] for index in range(len(self)))
@@ -127,11 +158,11 @@ class PreferencePairs:
 
 
 def preference_probability(gap: Tensor) -> Tensor:
-    """Phi(gap / 0.1): how often the labeller prefers a latent whose quality is higher by `gap`."""
+    """Phi(gap / 0.08): how often the labeller prefers a latent whose quality is higher by `gap`."""
     return torch.special.ndtr(gap / LABEL_NOISE)
 
 
-def build_pool(pipeline: Any, split: str, count: int, seed: int) -> LatentPool:
+def build_pool(pipeline: Any, split: str, count: int, seed: int, aligned: Tensor | None = None) -> LatentPool:
     """Make latents of every source in equal numbers and read them.
 
     Args:
@@ -139,6 +170,7 @@ def build_pool(pipeline: Any, split: str, count: int, seed: int) -> LatentPool:
         split (str): "train" or "held_out", which scenes are rendered and which prompts are sampled.
         count (int): latents of each source.
         seed (int): seeds every draw.
+        aligned (Tensor): latents of aligned generators, the pool's source "aligned", shape (any_number, 8, 8, 8).
     """
     world, generator = world_of(pipeline), torch.Generator().manual_seed(seed)
     images = render(sample_scenes(2 * count, split, seed=seed), generator)
@@ -152,17 +184,21 @@ def build_pool(pipeline: Any, split: str, count: int, seed: int) -> LatentPool:
     }
     rows = torch.randperm(4 * count, generator=generator)[:count]
     latents["perturbed"] = _perturb(torch.cat(list(latents.values()))[rows], generator)
+    latents["aligned"] = torch.empty(0, *latents["ode"].shape[1:]) if aligned is None else aligned.float()
     pool = torch.cat([latents[source] for source in SOURCES])
     reading = Oracle().read(decode_latents(pipeline.vae, pool))
+    counts = torch.tensor([len(latents[source]) for source in SOURCES])
     return LatentPool(
         latents=pool,
         indices=reading.indices,
         cleanness=reading.cleanness,
-        source=torch.arange(len(SOURCES)).repeat_interleave(count),
+        source=torch.arange(len(SOURCES)).repeat_interleave(counts),
     )
 
 
-def sample_pairs(pool: LatentPool, split: str, count: int, seed: int) -> PreferencePairs:
+def sample_pairs(
+    pool: LatentPool, split: str, count: int, seed: int, kinds: Mapping[str, float] = MappingProxyType(PAIR_WEIGHTS)
+) -> PreferencePairs:
     """Draw captions of a split and two latents for each, and let the noisy labeller choose.
 
     Args:
@@ -170,11 +206,15 @@ def sample_pairs(pool: LatentPool, split: str, count: int, seed: int) -> Prefere
         split (str): "train" or "held_out", where captions come from.
         count (int): number of pairs.
         seed (int): seeds every draw.
+        kinds (Mapping[str, float]): weights of the kinds of pairs, see `PAIR_WEIGHTS`.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     captions = sample_scenes(count, split, seed=seed)
     buckets = _Buckets(pool)
-    first, second = torch.tensor([buckets.draw_two(scene, rng) for scene in captions]).unbind(1)
+    drawn = rng.choices(list(kinds), list(kinds.values()), k=count)
+    first, second = torch.tensor(
+        [buckets.draw_two(scene, kind, rng) for scene, kind in zip(captions, drawn, strict=True)]
+    ).unbind(1)
     scenes = torch.tensor([scene.indices for scene in captions])
     gap = pool.quality(first, scenes) - pool.quality(second, scenes)
     first_wins = torch.rand(count, generator=generator) < preference_probability(gap)
@@ -185,6 +225,8 @@ def sample_pairs(pool: LatentPool, split: str, count: int, seed: int) -> Prefere
         scenes=scenes,
         gap=torch.where(first_wins, gap, -gap),
         source=pool.source,
+        indices=pool.indices,
+        cleanness=pool.cleanness,
     )
 
 
@@ -192,31 +234,51 @@ class _Buckets:
     """The rows of a pool by source and by the scene that the oracle reads."""
 
     def __init__(self, pool: LatentPool) -> None:
+        self._indices = [tuple(row) for row in pool.indices.tolist()]
+        self._source = [SOURCES[source] for source in pool.source.tolist()]
         self._rows: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        for row, (source, indices) in enumerate(zip(pool.source.tolist(), pool.indices.tolist(), strict=True)):
-            self._rows.setdefault((SOURCES[source], tuple(indices)), []).append(row)
+        for row, key in enumerate(zip(self._source, self._indices, strict=True)):
+            self._rows.setdefault(key, []).append(row)
         scenes = [scene.indices for scene in all_scenes()]
         self._shown = {
             (scene, matches): [shown for shown in scenes if _count_matches(scene, shown) == matches]
             for scene in scenes
             for matches in range(len(ATTRIBUTES) + 1)
         }
+        present = set(self._source)
+        self._weights = {source: weight for source, weight in SOURCE_WEIGHTS.items() if source in present}
 
-    def draw(self, scene: Scene, rng: random.Random) -> int:
+    def draw_two(self, scene: Scene, kind: str, rng: random.Random) -> tuple[int, int]:
+        """Two different rows; where the pool has no partner for the first, both are drawn again."""
+        changed = rng.choices(range(len(ATTRIBUTES)), _ATTRIBUTE_WEIGHTS)[0] if kind == "attribute" else None
+        while True:
+            first = self._draw(scene, rng)
+            second = self._draw(scene, rng) if kind == "any" else self._partner(first, scene, changed, rng)
+            if second is not None and second != first:
+                return first, second
+
+    def _draw(self, scene: Scene, rng: random.Random) -> int:
         """A row by `SOURCE_WEIGHTS` and `MATCH_WEIGHTS`; where the pool has none for the draw, draw again."""
         while True:
-            (source,) = rng.choices(list(SOURCE_WEIGHTS), list(SOURCE_WEIGHTS.values()))
             (matches,) = rng.choices(list(MATCH_WEIGHTS), list(MATCH_WEIGHTS.values()))
-            rows = self._rows.get((source, rng.choice(self._shown[scene.indices, matches])))
+            rows = self._rows.get((self._draw_source(rng), rng.choice(self._shown[scene.indices, matches])))
             if rows:
                 return rng.choice(rows)
 
-    def draw_two(self, scene: Scene, rng: random.Random) -> tuple[int, int]:
-        """Two different rows."""
-        first = second = self.draw(scene, rng)
-        while second == first:
-            second = self.draw(scene, rng)
-        return first, second
+    def _draw_source(self, rng: random.Random) -> str:
+        return rng.choices(list(self._weights), list(self._weights.values()))[0]
+
+    def _partner(self, first: int, scene: Scene, changed: int | None, rng: random.Random) -> int | None:
+        """A row that shows what `first` shows, but for the attribute `changed`, which `first` has to have right."""
+        shown = list(self._indices[first])
+        if changed is not None:
+            right = scene.indices[changed]
+            if shown[changed] != right:
+                return None
+            shown[changed] = rng.choice([value for value in range(_NUM_VALUES[changed]) if value != right])
+        source = self._source[first] if rng.random() < SAME_SOURCE else self._draw_source(rng)
+        rows = self._rows.get((source, tuple(shown)))
+        return rng.choice(rows) if rows else None
 
 
 def _count_matches(first: tuple[int, ...], second: tuple[int, ...]) -> int:

@@ -12,10 +12,10 @@ from .prompts import BACKGROUNDS, COLORS, SHAPES, SIZES, Scene, as_scene
 
 
 IMAGE_SIZE = 32
-MAX_OFFSET = 4.0
+MAX_OFFSET = 3.0
 """Largest distance of a shape's centre from the image's centre, per axis, in pixels."""
 
-RADIUS_RANGES = {"small": (4.75, 6.25), "large": (9.0, 11.0)}
+RADIUS_RANGES = {"small": (5.5, 7.0), "large": (9.5, 11.0)}
 """Half the extent of a shape, in pixels, for each size class."""
 
 PALETTE = {

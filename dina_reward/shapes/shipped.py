@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dina_reward import LatentReward
 
 
 SHIPPED = ("flow", "ddpm")
-"""The worlds, each with a directory of its name, the pipeline, and one with "-reward" added."""
+"""The worlds, each with a directory of its name, the pipeline, and with "-reward" and "-aligned" added."""
 
 
 def weights_dir(name: str) -> Path:
-    """The directory of shipped weights: "flow" or "ddpm" (the pipelines), "flow-reward" or "ddpm-reward" (their rewards)."""
+    """The directory of shipped weights: "flow" or "ddpm" (the pipelines), with "-reward" or "-aligned" added."""
     root = Path(__file__).parent / "weights"
     directory = root / name
     if not directory.is_dir():
@@ -43,11 +45,33 @@ def load_pipeline(world: str = "flow", **kwargs: Any) -> Any:
     return StableDiffusion3Pipeline.from_pretrained(directory, **kwargs)
 
 
+def quiet_pipeline(directory: str | Path) -> Any:
+    """A pipeline of the shapes world from a directory, without progress bars."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(directory)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def load_reward(world: str = "flow", **kwargs: Any) -> LatentReward:
     """The shipped reward of a world; `kwargs`, for example `pipeline=`, go to `LatentReward.from_pretrained`."""
     from dina_reward import LatentReward
 
     return LatentReward.from_pretrained(weights_dir(f"{_known(world)}-reward"), **kwargs)
+
+
+def load_aligned(world: str = "flow") -> Tensor:
+    """Latents, shape (count, 8, 8, 8), of generators that were aligned with provisional rewards, without restraint.
+
+    They are what such a generator offers a reward that it has found out, for held-out prompts: hard cases for an evaluation.
+
+    Args:
+        world (str): "flow" or "ddpm".
+    """
+    from safetensors.torch import load_file
+
+    return load_file(weights_dir(f"{_known(world)}-aligned") / "held_out.safetensors")["latents"].float()
 
 
 def _known(world: str) -> str:

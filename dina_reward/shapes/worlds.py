@@ -26,6 +26,7 @@ class World:
         sample (Callable): draws latents, see `sample_latents` and `sample_ddim_latents`.
         eta (float): share of fresh noise of stochastic samples in the preference pool.
         backbone (dict): blocks that the reward reads, as fields of `LatentRewardConfig`.
+        alignment (dict): sampler and optimizer of Flow-GRPO and DDPM GRPO, as fields of `DiffusionGRPOConfig`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class World:
     sample: Callable[..., Tensor]
     eta: float
     backbone: dict[str, Any]
+    alignment: dict[str, Any]
 
     def reward_config(self, **kwargs: Any) -> LatentRewardConfig:
         """Configuration of the reward that reads this generator's blocks."""
@@ -50,6 +52,14 @@ WORLDS = (
         sample=sample_latents,
         eta=0.8,
         backbone={"num_layers": 4, "visual_taps": (2, 3, 4)},
+        alignment={
+            "num_inference_steps": 10,
+            "sde_type": "cps",
+            "eta": 0.8,
+            "sde_window_size": 3,
+            "learning_rate": 1e-3,
+            "epsilon": 1e-3,
+        },
     ),
     World(
         name="ddpm",
@@ -58,6 +68,16 @@ WORLDS = (
         sample=sample_ddim_latents,
         eta=1.0,
         backbone={"num_layers": 3, "visual_taps": (1, 2, 3), "text_taps": (1,)},
+        alignment={
+            "num_inference_steps": 6,
+            "sde_type": "ddim",
+            "eta": 1.0,
+            "sde_window_size": 4,
+            "sde_window_range": [0, 4],
+            "learning_rate": 2e-3,
+            "epsilon": 1e-2,
+            "scale_rewards": "batch",
+        },
     ),
 )
 

@@ -16,20 +16,12 @@ if TYPE_CHECKING:
     from dina_reward.training.ema import EMACallback
     from dina_reward.training.trainer import LatentRewardTrainer
 
-_MODULES = {
-    "AtomicCheckpointMixin": "checkpointing",
-    "CheckpointedCallback": "checkpointing",
-    "EMACallback": "ema",
-    "LatentRewardTrainer": "trainer",
-    "LatentRewardTrainingConfig": "config",
-}
-
-__all__ = [
-    "AtomicCheckpointMixin",
-    "CheckpointedCallback",
-    "EMACallback",
-    "LatentRewardTrainer",
-    "LatentRewardTrainingConfig",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _MODULES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "checkpointing": ("AtomicCheckpointMixin", "CheckpointedCallback"),
+        "config": ("LatentRewardTrainingConfig",),
+        "ema": ("EMACallback",),
+        "trainer": ("LatentRewardTrainer",),
+    },
+)

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.utils import logging
 
 from dina_reward.checkpoints.atomic import clean_leftovers, incomplete_name, remove_directory, replace_directory
+from dina_reward.training.run_settings import check_same_run, settings_of, write_settings
 
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
+
+logger = logging.get_logger(__name__)
 
 _TRAINER_STATE_FILE = "trainer_state.json"
 
@@ -47,19 +51,63 @@ class AtomicCheckpointMixin(_Trainer):
     all ranks have written theirs, the directory is flushed to the disk and renamed. Rotation (``save_total_limit``)
     renames a checkpoint out of sight before it deletes it. What a killed run leaves is removed when training starts.
 
-    Example:
+    Examples:
         >>> class MyTrainer(AtomicCheckpointMixin, Trainer): ...
     """
 
     _staging: Path | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`transformers.Trainer.train`, after removing what a killed run left in the output directory."""
+        """`transformers.Trainer.train`, after removing what a killed run left in the output directory.
+
+        ``True`` resumes from the last checkpoint, or starts where there is none yet. A checkpoint of a run that has made
+        all its steps is loaded, and nothing is trained.
+
+        Raises:
+            ValueError: the checkpoint belongs to a run with other settings.
+        """
         output_dir = Path(self.args.output_dir or ".")
         if self.args.local_process_index == 0 and output_dir.is_dir():
             clean_leftovers(output_dir, f"{PREFIX_CHECKPOINT_DIR}-*")
         self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+            if resume_from_checkpoint is None:
+                logger.warning(f"There is no checkpoint in {output_dir} yet; the run starts from the beginning.")
+        if resume_from_checkpoint:
+            checkpoint = Path(str(resume_from_checkpoint))
+            check_same_run(checkpoint, self.run_settings())
+            finished = self._finished_state(checkpoint)
+            if finished is not None:
+                return self._load_finished(checkpoint, finished)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def run_settings(self) -> dict[str, Any]:
+        """What defines the run; written into every checkpoint, and compared before one is resumed."""
+        return settings_of(self.args)
+
+    def _finished_state(self, checkpoint: Path) -> TrainerState | None:
+        """The state in a checkpoint of a run that has made all its steps."""
+        path = checkpoint / _TRAINER_STATE_FILE
+        if not path.is_file():
+            return None
+        state = TrainerState.load_from_json(str(path))
+        steps = self.args.max_steps
+        if steps <= 0 and state.num_train_epochs >= self.args.num_train_epochs:
+            steps = state.max_steps
+        return state if 0 < steps <= state.global_step else None
+
+    def _load_finished(self, checkpoint: Path, state: TrainerState) -> TrainOutput:
+        logger.warning(
+            f"{checkpoint} has made all {state.global_step} steps of its run; it is loaded, nothing is trained."
+        )
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        for callback in self._checkpointed_callbacks():
+            callback.load_state(str(checkpoint))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -74,6 +122,8 @@ class AtomicCheckpointMixin(_Trainer):
             staged.mkdir(parents=True, exist_ok=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_settings(staged, self.run_settings())
             self._point_at_best_checkpoint(run_dir, staged)
         finally:
             self._staging = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from dina_reward.likelihood import PreferenceLoss
@@ -20,7 +21,7 @@ class LatentRewardTrainingConfig(TrainingArguments):
     in bfloat16 by autocast while LoRA, head and optimizer stay float32; ``optim="adamw_bnb_8bit"`` keeps the optimizer
     state in 8 bits.
 
-    Example:
+    Examples:
         >>> args = LatentRewardTrainingConfig(output_dir="reward", level_distribution="logit_normal", ema_decay=0.999)
     """
 
@@ -85,6 +86,10 @@ class LatentRewardTrainingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(
+                f"seed must be an integer from 0 to 2**32 - 1, which is what numpy takes, got {self.seed!r}"
+            )
         self.level_sampler()
         PreferenceLoss(self.loss_type, margin=self.margin)  # type: ignore[arg-type]
         self._check_evaluation()
@@ -122,4 +127,23 @@ class LatentRewardTrainingConfig(TrainingArguments):
             exponent=self.level_exponent,
             alpha=self.level_alpha,
             beta=self.level_beta,
+        )
+
+
+def check_mixed_precision(weights: torch.dtype, args: TrainingArguments) -> None:
+    """Refuses autocast to another 16-bit dtype than the frozen weights are in, which their matrix products cannot mix.
+
+    Args:
+        weights: dtype of the frozen weights.
+        args: whose ``bf16`` and ``fp16`` choose autocast.
+
+    Raises:
+        ValueError: naming both dtypes.
+    """
+    computed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if computed is not None and weights in (torch.bfloat16, torch.float16) and weights != computed:
+        name = "bf16" if args.bf16 else "fp16"
+        raise ValueError(
+            f"{name}=True computes in {computed}, but the frozen weights are {weights}; load the pipeline with "
+            f"torch_dtype={computed} (or torch.float32), or set {name} to false"
         )

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from dina_reward.backbones.wrappers import unwrap
 from dina_reward.training.checkpointing import CheckpointedCallback
 from dina_reward.training.sharding import assign, is_main_process, local, reshard, trainable_parameters, whole
 
@@ -30,14 +31,15 @@ class EMACallback(CheckpointedCallback):
     float32 whatever the parameters are. Under FSDP2 every rank averages its own slices, and whole tensors are saved;
     parameters partitioned by DeepSpeed ZeRO-3 are refused.
 
-    Example:
+    Examples:
         >>> ema = EMACallback(model, decay=0.999)
-        >>> trainer = MyTrainer(model, args, callbacks=[ema])
+        >>> trainer = MyTrainer(model, args, train_dataset=rows, eval_dataset=rows, callbacks=[ema])
+        >>> trainer.train()
         >>> with ema.average_parameters():
         ...     trainer.evaluate()
 
     Args:
-        model (`nn.Module`): the unwrapped model that is trained.
+        model (`nn.Module`): the model that is trained, or a compiled or data-parallel wrapper of it.
         decay (`float`): upper limit of the decay, in ``(0, 1)``.
         update_every (`int`): optimizer steps between two updates.
         root (`nn.Module`, *optional*): what FSDP2 shards as a whole, if that is a module around ``model``.
@@ -52,8 +54,8 @@ class EMACallback(CheckpointedCallback):
             raise ValueError(f"EMA decay must lie strictly between 0 and 1, got {decay}")
         if update_every < 1:
             raise ValueError(f"EMA update_every must be at least 1 optimizer step, got {update_every}")
-        self.model = model
-        self.root = model if root is None else root
+        self.model = unwrap(model, adapters=False)
+        self.root = self.model if root is None else root
         self.decay = decay
         self.update_every = update_every
         self._ema: EMAModel | None = None

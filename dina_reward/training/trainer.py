@@ -24,15 +24,28 @@ from dina_reward.modeling.inputs import NonFiniteError
 from dina_reward.reward import LatentReward
 from dina_reward.training.batching import SequentialBucketSampler, gather_rows, has_buckets, make_batch_sampler
 from dina_reward.training.checkpointing import AtomicCheckpointMixin
-from dina_reward.training.config import LatentRewardTrainingConfig
+from dina_reward.training.config import LatentRewardTrainingConfig, check_mixed_precision
 from dina_reward.training.ema import EMA_WEIGHTS_NAME, EMACallback
 from dina_reward.training.metrics import PairMetrics, evaluation_metrics
 from dina_reward.training.pair_noise import PairNoiser
 from dina_reward.training.reward_files import load_reward, save_reward
+from dina_reward.training.run_settings import settings_of, tensor_digest
 from dina_reward.training.sharding import ExactTimesteps, compute_by_autocast, keep_scores_exact, reshard
 from dina_reward.training.trained_module import TrainedModule
 
 
+_LORA_FACTS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+)
 TRAINING_ARGS_FILE = "training_args.json"
 
 
@@ -55,7 +68,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
     The optimizer, scheduler and random states beside it are written by `transformers` with `torch.save` and read back
     with ``weights_only=True``; the training arguments are plain JSON.
 
-    Example:
+    Examples:
         >>> reward = LatentReward.from_config(config, pipeline=pipe)
         >>> trainer = LatentRewardTrainer(reward, LatentRewardTrainingConfig(output_dir="out"), train_dataset=pairs)
         >>> trainer.train()
@@ -80,6 +93,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         eval_dataset: Any | None = None,
         **kwargs: Any,
     ) -> None:
+        check_mixed_precision(reward.model.dtype, args)
         self.reward = reward
         self.preference_loss = _loss_of(reward, args)
         self.noiser = PairNoiser(
@@ -91,6 +105,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         self._micro_step = (-1, 0)
         self._exact_timesteps: ExactTimesteps | None = None
         _set_trainable(reward, args)
+        self._facts = _facts_of(reward, train_dataset)
         # FSDP2 shards it in place, so that it stays the trained module whatever it is wrapped in.
         self._trained_module = TrainedModule(reward.model)
         if args.deepspeed_plugin is not None and args.bf16:
@@ -116,6 +131,10 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         self._micro_step = (-1, 0)
         _set_trainable(self.reward, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def run_settings(self) -> dict[str, Any]:
+        """The arguments that decide what is computed, with the reward's configuration, its LoRA and its frozen weights."""
+        return settings_of(self.args, **self._facts)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of one bucket each where the dataset has buckets; else those of `transformers.Trainer`."""
@@ -343,6 +362,23 @@ def _loss_of(reward: LatentReward, args: LatentRewardTrainingConfig) -> Preferen
             "configuration"
         )
     return loss
+
+
+def _facts_of(reward: LatentReward, train_dataset: Any | None) -> dict[str, Any]:
+    """What defines a run besides its arguments; to be taken before anything is sharded."""
+    lora = reward.model.backbone.peft_config["default"].to_dict()
+    config = {name: value for name, value in reward.config.to_dict().items() if name != "backbone_model_id"}
+    facts = {f"reward {name}": value for name, value in config.items()}
+    facts |= {
+        f"LoRA {name}": sorted(lora[name]) if isinstance(lora[name], set) else lora[name] for name in _LORA_FACTS
+    }
+    return {
+        **facts,
+        "pairs": None if train_dataset is None else len(train_dataset),
+        "frozen weights": tensor_digest(
+            parameter for name, parameter in reward.model.backbone.named_parameters() if ".lora_" not in name
+        ),
+    }
 
 
 def _eval_rows(eval_dataset: Any) -> Any:

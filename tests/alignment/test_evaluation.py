@@ -20,6 +20,7 @@ from dina_reward.alignment.evaluation import (
 )
 from dina_reward.alignment.hacking import SCORES_NAME, PromptScores, RewardHackingCallback, read_lines
 from dina_reward.alignment.policy import Policy
+from dina_reward.alignment.prompts import PromptTable
 from dina_reward.alignment.rewards import RewardSet
 from dina_reward.alignment.samplers import build_sampler
 from dina_reward.reward_functions import RewardError, optional_reward
@@ -151,18 +152,19 @@ def test_judges_get_images_and_not_the_settings_of_the_reward(policy, tmp_path):
     assert record.metrics["reward"] == pytest.approx(sum(scores.scores["reward"]) / 6)
 
 
-def test_pixel_rewards_share_the_decoded_images(policy, tmp_path):
-    calls = []
+def test_pixel_rewards_share_the_decoded_images(policy, tmp_path, monkeypatch):
+    decoded, decode = [], policy.family.decode_latents
+    monkeypatch.setattr(policy.family, "decode_latents", lambda *args: decoded.append(decode(*args)) or decoded[-1])
 
     def brightness(images):
-        calls.append(images)
+        assert torch.equal(images, decoded[0].float())
         return images.mean(dim=(1, 2, 3))
 
     both = evaluator(
         policy, tmp_path, brightness, reward_funcs=[brightness, closeness], weights=[2.0, 0.0], batch_size=6
     )
     record = both.evaluate(PROMPTS, 0)
-    assert calls[0] is calls[1]
+    assert len(decoded) == 1
     assert record.metrics["reward"] == pytest.approx(2 * record.metrics["brightness"])
     assert set(record.metrics) == {"reward", "rewards/brightness", "rewards/closeness", "brightness"}
 
@@ -216,7 +218,7 @@ def test_all_ranks_make_the_same_number_of_batches(policy, tmp_path):
         batches.append(list(held_out._batches(7)))
     assert batches == [[[0, 3], [6]], [[1, 4], []], [[2, 5], []]]
     held_out.accelerator = Accelerator(cpu=True)
-    assert held_out._evaluate_batch(PROMPTS, []) == ([], [])
+    assert held_out._evaluate_batch(PromptTable(PROMPTS, "eval_dataset"), []) == ([], [])
 
 
 def test_bad_judges_are_named(policy, tmp_path):

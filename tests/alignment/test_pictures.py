@@ -61,6 +61,22 @@ def test_prompts_and_scores_are_written_under_the_images():
         picture_grid([])
 
 
+def test_white_images_have_an_edge():
+    white = torch.ones(3, 32, 32)
+    grid = np.asarray(picture_grid([white, white]).convert("L"))
+    assert (grid[GRID_GAP + 10, [GRID_GAP - 1, GRID_GAP + 96, 2 * GRID_GAP + 95, 2 * GRID_GAP + 192]] < 250).all()
+    assert (grid[[GRID_GAP - 1, GRID_GAP + 96], GRID_GAP + 10] < 250).all()
+    assert (grid[GRID_GAP : GRID_GAP + 96, GRID_GAP : GRID_GAP + 96] == 255).all()
+
+
+def test_numbers_under_the_images_are_named(monkeypatch):
+    written = []
+    monkeypatch.setattr(pictures.ImageDraw.ImageDraw, "text", lambda pen, place, text, **style: written.append(text))
+    picture_grid([RED, GREEN], ["a cat", "a dog"], [0.51234, float("nan")])
+    picture_grid([BLUE], scores=[2.0], score_name="fit")
+    assert written == ["a cat", "reward 0.5123", "a dog", "no reward", "fit 2"]
+
+
 @pytest.mark.parametrize("prompts", [None, ["one", "two, which is longer than a line of text", "three"]])
 def test_tiles_come_back_without_captions(prompts):
     grid = picture_grid([RED, GREEN, BLUE], prompts)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from dina_reward.alignment.policy import LORA_WEIGHTS_NAME, Policy
@@ -65,6 +66,55 @@ def test_saved_lora_loads_into_a_plain_pipeline(tmp_path):
     assert not torch.allclose(generate(fresh), before)
 
 
+@pytest.mark.parametrize("alpha", [2, 3, 8])
+def test_saved_lora_has_its_strength_for_readers_of_tensors_alone(tmp_path, alpha):
+    policy, other = (Policy(tiny_pipeline(), rank=2, alpha=alpha, max_sequence_length=8) for _ in range(2))
+    randomise(policy)
+    policy.save_lora(str(tmp_path))
+    for source in (str(tmp_path), load_file(tmp_path / LORA_WEIGHTS_NAME)):
+        fresh = tiny_pipeline()
+        fresh.load_lora_weights(source)
+        torch.testing.assert_close(generate(fresh), generate(policy.pipeline), atol=1e-4, rtol=1e-4)
+    other.load_lora(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(trained(other), trained(policy), strict=True))
+
+
+def test_lora_files_that_keep_their_strength_in_the_metadata_are_read(tmp_path):
+    policy, other = make_policy(), make_policy()
+    randomise(policy)
+    type(policy.pipeline).save_lora_weights(
+        str(tmp_path),
+        transformer_lora_layers=get_peft_model_state_dict(policy.denoiser, adapter_name="policy"),
+        transformer_lora_adapter_metadata={"r": 2, "lora_alpha": 4},
+    )
+    other.load_lora(str(tmp_path))
+    assert torch.equal(velocity_of(other), velocity_of(policy))
+
+
+def test_damaged_lora_files_are_named(tmp_path):
+    policy = make_policy()
+    policy.save_lora(str(tmp_path))
+    path = tmp_path / LORA_WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=f"{LORA_WEIGHTS_NAME} is damaged"):
+        policy.load_lora(str(tmp_path))
+
+
+def test_layers_without_effect_are_refused():
+    fused = tiny_pipeline()
+    fused.transformer.fuse_qkv_projections()
+    for full in (False, True):
+        with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+            Policy(fused, rank=2, alpha=2, train_full_model=full)
+    for targets, message in {
+        ("to_q", "to_qq"): r"\['to_qq'\] match no layer of this SD3Transformer2DModel; its linear layers are .*to_v",
+        "to_q": "must be a list of names of layers.*got 'to_q'",
+        (): "must be a list of names of layers",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Policy(tiny_pipeline(), rank=2, alpha=2, target_modules=targets)
+
+
 def test_saved_lora_restores_bit_for_bit(tmp_path):
     policy, other = make_policy(), make_policy()
     randomise(policy)
@@ -72,6 +122,26 @@ def test_saved_lora_restores_bit_for_bit(tmp_path):
     other.load_lora(str(tmp_path))
     assert torch.equal(velocity_of(policy), velocity_of(other))
     assert all(p.dtype == torch.float32 for p in other.denoiser.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_compiled_pipeline_trains_and_saves_the_model_inside(tmp_path, full):
+    pipeline = tiny_pipeline()
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    policy, plain = make_policy(pipeline=pipeline, train_full_model=full), make_policy(train_full_model=full)
+    policy.max_sequence_length = 8
+    assert policy.trainable_parameters().keys() == plain.trainable_parameters().keys()
+    randomise(policy)
+    policy.save_weights(str(tmp_path))
+    plain.load_weights(str(tmp_path))
+    assert torch.equal(velocity_of(plain), velocity_of(policy))
+    plain.save_weights(str(tmp_path / "plain"))
+    randomise(plain)
+    policy.load_weights(str(tmp_path / "plain"))
+    assert not torch.equal(velocity_of(plain), velocity_of(policy))
+    if full:
+        config = json.loads((tmp_path / "transformer/config.json").read_text())
+        assert config["_class_name"] == "SD3Transformer2DModel"
 
 
 def test_wrong_lora_files_are_refused(tmp_path):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import pandas
 import pytest
+from datasets import Dataset, DatasetDict
 
-from dina_reward.alignment.prompts import BatchGeometry, PromptRollouts, prompt_row
+from dina_reward.alignment.prompts import BatchGeometry, PromptRollouts, PromptTable, prompt_row
 
 
 def geometry(**overrides: int) -> BatchGeometry:
@@ -77,3 +79,34 @@ def test_prompt_rows():
         prompt_row([3], 0)
     with pytest.raises(ValueError, match="no prompts"):
         PromptRollouts([], geometry())
+
+
+def test_rows_of_a_table_have_the_same_columns():
+    rows = [{"prompt": "a", "tag": 1}, {"prompt": "b", "n": 2}]
+    table = PromptTable(rows, "train_dataset")
+    assert table.columns == ["prompt", "tag", "n"]
+    assert [table[i] for i in range(2)] == [{"prompt": "a", "tag": 1, "n": None}, {"prompt": "b", "tag": None, "n": 2}]
+    assert PromptRollouts(rows, geometry()).dataset.columns == table.columns
+    assert PromptTable(Dataset.from_list([table[0], table[1]]), "train_dataset")[1] == table[1]
+    assert PromptTable(table, "train_dataset")[1] == table[1]
+    assert PromptTable(("a", "b"), "train_dataset")[1] == {"prompt": "b"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("a cat", "got a str: put the prompt into a list"),
+        (DatasetDict(train=Dataset.from_dict({"prompt": ["a"]})), r"a DatasetDict: .*keys \['train'\]; pass one"),
+        ({"easy": ["a"], "hard": ["b"]}, r"got a dict: it has the keys \['easy', 'hard'\]"),
+        (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "a stream has to be read first"),
+        ((prompt for prompt in ["a"]), "got a generator: .*a stream has to be read first"),
+        ({"a", "b"}, "got a set"),
+        (pandas.DataFrame({"prompt": ["a"]}), "from_pandas"),
+        (Dataset.from_dict({"caption": ["a"]}), r"has the columns \['caption'\] and no 'prompt'"),
+        (["a", 3], "row 1 of the prompt dataset is a int"),
+        ([], "eval_dataset has no prompts"),
+    ],
+)
+def test_other_kinds_of_prompts_are_refused_in_words(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        PromptTable(dataset, "eval_dataset")

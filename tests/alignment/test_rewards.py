@@ -8,9 +8,17 @@ import math
 import pytest
 import torch
 
-from dina_reward.alignment.rewards import RewardSet, differentiable_score
+from dina_reward import LatentReward
+from dina_reward.alignment.rewards import RewardSet, check_columns, differentiable_score
 from dina_reward.families import Conditioning
-from dina_reward.reward_functions import RewardError, accepted_arguments, optional_reward, unique_names
+from dina_reward.reward_functions import (
+    RewardError,
+    accepted_arguments,
+    optional_reward,
+    reward_list,
+    unique_names,
+)
+from tests.test_reward import make_reward
 
 
 LATENTS = torch.arange(3.0)[:, None, None, None].expand(3, 1, 2, 2)
@@ -154,7 +162,7 @@ def test_bad_functions_are_named_with_the_sample():
     ) as info:
         score(infinite)
     assert info.value.rows == [2]
-    with pytest.raises(RewardError, match="textual returned list, which does not hold numbers"):
+    with pytest.raises(RewardError, match="textual returned list, which does not hold one number per row"):
         score(textual)
     with pytest.raises(RewardError, match="raising raised KeyError.*row 0 prompt 'a' noise seed 7; row 1") as info:
         score(raising)
@@ -163,6 +171,113 @@ def test_bad_functions_are_named_with_the_sample():
         score(demanding)
     with pytest.raises(ValueError, match="no readable signature"):
         score(torch.sum)
+
+
+def test_what_is_not_one_number_per_row_is_explained():
+    def with_info(latents):
+        return mean(latents), {"note": 1}
+
+    def with_list(latents):
+        return [1.0, 2.0, 3.0], [1, 2, 3]
+
+    def large(latents):
+        return 1e9 + mean(latents).double()
+
+    with pytest.raises(
+        RewardError, match=r"with_info returned tuple.*the scores alone, not a tuple of \(Tensor, dict\)"
+    ):
+        score(with_info)
+    with pytest.raises(RewardError, match=r"with_list returned tuple.*not a tuple of \(list, list\)"):
+        score(with_list)
+    with pytest.raises(RewardError, match="differ by 2 but are all 1e\\+09 in float32; subtract a constant"):
+        score(large)
+    assert score(lambda latents: (1.0, 2.0, 3.0)).tolist() == [[1], [2], [3]]
+    assert score(lambda latents: torch.full((3,), 1e9, dtype=torch.float64)).tolist() == [[1e9]] * 3
+
+
+@pytest.mark.parametrize("given", ["pickscore", {"pickscore": mean}, None, [mean, "pickscore"], [LatentReward], 3])
+def test_what_cannot_be_called_is_refused(given):
+    with pytest.raises(ValueError, match="reward_funcs must be one function or a list of functions, got"):
+        reward_list(given, "reward_funcs")
+    assert reward_list(mean, "x") == [mean]
+    assert reward_list((mean, mean), "x") == [mean, mean]
+
+
+def test_functions_cannot_change_what_others_see():
+    meta = {"k": 1}
+    rows = [{"prompt": "a", "meta": meta}] * 3  # as members of a group have it
+
+    def destructive(latents, images, meta, prompts):
+        prompts.clear()
+        images.mul_(255)
+        return latents.mul_(0).mean(dim=(1, 2, 3)) + torch.tensor([row.pop("k", 0.0) for row in meta])
+
+    rewards = RewardSet([destructive, mean, brightness, lambda meta, prompts: [row["k"] for row in meta]], {}, decode)
+    for _ in range(2):
+        scores = rewards.score(LATENTS.clone(), rows, CONDITIONING, SEEDS)
+        assert scores.tolist() == [[1, 0, 0, 1], [1, 1, 0.5, 1], [1, 2, 1, 1]]
+    latents = LATENTS.clone().requires_grad_()
+    available = {"latents": latents, "prompts": ["a"] * 3}
+    differentiable_score(lambda latents: latents.mul_(2).mean(dim=(1, 2, 3)), available, 3).sum().backward()
+    assert latents.detach().equal(LATENTS)
+    assert float(latents.grad.sum()) == pytest.approx(6)
+
+
+class Brightness(torch.nn.Module):
+    def forward(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+
+class Mean(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.score = torch.nn.Linear(1, 1)  # a layer, not a method
+
+    def forward(self, latents, scale: float = 1.0):
+        return latents.mean(dim=(1, 2, 3)) * scale
+
+
+@torch.jit.script
+def scripted_mean(latents):
+    return latents.mean(dim=(1, 2, 3))
+
+
+def test_modules_are_asked_by_the_signature_of_forward():
+    assert score(Brightness(), decode=decode).tolist() == [[0], [0.5], [1]]
+    compiled = torch.compile(Mean(), backend="eager")
+    wrapped = [Mean(), torch.jit.script(Mean()), compiled, torch.nn.DataParallel(Mean()), scripted_mean]
+    for function in [*wrapped, functools.partial(Mean(), scale=1.0), optional_reward(Mean())]:
+        assert list(accepted_arguments(function, {"latents": 1, "seed": 2})) == ["latents"]
+        assert score(function).tolist() == [[0], [1], [2]]
+    assert unique_names([torch.jit.script(Mean())]) == ["Mean"]
+    latents = LATENTS.clone().requires_grad_()
+    assert differentiable_score(Mean(), {"latents": latents}, 3).tolist() == [0, 1, 2]
+
+
+def test_columns_that_some_rows_lack_are_none_there():
+    rows = [{"prompt": "a"}, {"prompt": "b", "length": 2}, {"prompt": "c", "tag": 3}]
+
+    def judge(length, tag):
+        return [(a or 0) + (b or 0) for a, b in zip(length, tag, strict=True)]
+
+    for order in (rows, rows[::-1]):
+        scores = RewardSet([judge], {}).score(LATENTS, order, CONDITIONING, SEEDS)
+        assert scores.flatten().sort().values.tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("column", ["seed", "noise_level", "latents", "prompts", "images"])
+def test_columns_that_look_like_settings_are_refused(column):
+    rows = [{**row, column: 1} for row in ROWS]
+    with pytest.raises(ValueError, match=f"column '{column}', which is also an argument that every reward"):
+        RewardSet([mean], SETTINGS).score(LATENTS, rows, CONDITIONING, SEEDS)
+
+
+def test_columns_that_are_options_of_a_latent_reward_are_refused(sd3_pipeline):
+    reward = make_reward(sd3_pipeline)
+    check_columns(["prompt", "normalize"], [mean])
+    for column in ("normalize", "noise", "generator", "batch_size"):
+        with pytest.raises(ValueError, match=f"column '{column}', which is also an option of latent_reward"):
+            check_columns(["prompt", column], [mean, optional_reward(reward)])
 
 
 def test_async_functions_are_refused():

@@ -61,6 +61,29 @@ def test_only_chosen_steps_are_stochastic_and_recorded(sampler):
     assert not torch.equal(rollout.states[2], quiet.states[2])
 
 
+def test_clean_predictions_are_kept_while_a_stochastic_step_follows(sampler):
+    initial = noise_by_row([1, 2], LATENT_SHAPE)
+    noise = noise_by_row([4, 5], (4, *LATENT_SHAPE))
+    settings = {"stochastic": (0, 1, 2, 3), "trained": (1, 3), "step_noise": noise}
+    rollout = sample(velocity, initial, sampler, keep_clean=True, **settings)
+    assert sorted(rollout.states) == [1, 2, 3, 4]
+    assert sorted(rollout.clean) == [1, 2, 3]
+    for index, clean in rollout.clean.items():
+        state = rollout.states[index]
+        expected = state - sampler.levels[index] * velocity(state, sampler.timesteps[index].expand(2))
+        torch.testing.assert_close(clean, expected)
+    assert sample(velocity, initial, sampler, **settings).clean == {}
+
+
+def test_a_rollout_can_start_at_a_recorded_state(sampler):
+    initial = noise_by_row([1, 2], LATENT_SHAPE)
+    noise = noise_by_row([4, 5], (2, *LATENT_SHAPE))
+    whole = sample(velocity, initial, sampler, stochastic=(1, 2), step_noise=noise)
+    rest = sample(velocity, whole.states[2], sampler, start=2, stochastic=(2,), step_noise=noise[:, 1:])
+    assert torch.equal(rest.latents, whole.latents)
+    assert rest.log_probs.keys() == {2}
+
+
 def test_memory_holds_the_trained_steps_alone(sampler):
     initial = noise_by_row([1, 2], LATENT_SHAPE)
     noise = noise_by_row([4, 5], (5, *LATENT_SHAPE))

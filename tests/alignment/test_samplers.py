@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 from dina_reward.alignment.samplers import DDIMSampler, FlowSampler, build_sampler
 
@@ -43,6 +43,26 @@ def test_kind_and_scheduler_must_fit():
         build_sampler(ddim_scheduler(), 4, eta=1.5)
     with pytest.raises(ValueError, match="eta is nan: a deterministic step has no log-probability"):
         build_sampler(ddim_scheduler(), 4, eta=float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["cps", "ddim", None])
+def test_samplers_of_edm_models_are_refused_by_name(kind):
+    with pytest.raises(
+        ValueError, match="EDMEulerScheduler belongs to models that are neither DDPM nor flow matching"
+    ):
+        build_sampler(EDMEulerScheduler(), 4, sde_type=kind, eta=0.8)
+
+
+def test_grids_that_cannot_be_stepped_on_are_refused_with_advice():
+    with pytest.raises(ValueError, match="28 DDIM steps.*'trailing'.*such as 25 or 40"):
+        build_sampler(ddim_scheduler(timestep_spacing="trailing"), 28)
+    assert len(build_sampler(ddim_scheduler(timestep_spacing="trailing"), 40)) == 40
+    with pytest.raises(ValueError, match="'linspace'.*use timestep_spacing 'leading' or 'trailing'"):
+        build_sampler(ddim_scheduler(timestep_spacing="linspace"), 28)
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr.*predicts epsilon"):
+        build_sampler(ddim_scheduler(**zero_snr), 20)
+    build_sampler(ddim_scheduler(**zero_snr, prediction_type="v_prediction"), 20)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -10,6 +11,7 @@ from dina_reward import LatentReward, LatentRewardConfig
 from dina_reward.alignment import DDPOConfig, DDPOTrainer, DiffusionGRPOTrainer
 from dina_reward.alignment.policy import LORA_WEIGHTS_NAME
 from dina_reward.reward_functions import RewardError
+from dina_reward.training.run_settings import RUN_SETTINGS_NAME
 from tests.alignment.helpers import (
     LATENT_SHAPE,
     PIXELS,
@@ -246,8 +248,35 @@ def test_resume_inside_a_generation_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
     other = tiny_trainer(tmp_path, steps_per_generation=4, per_device_train_batch_size=6, max_steps=4)
+    with pytest.raises(ValueError, match="samples per generation: 12 there, 24 here"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (tmp_path / "checkpoint-2" / RUN_SETTINGS_NAME).unlink()
     with pytest.raises(ValueError, match="step 2 lies inside generation 0"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lora_alpha": 64}, "lora_alpha: 4 there, 64 here"),
+        ({"reward_funcs": [closeness, closeness]}, "reward functions"),
+    ],
+)
+def test_resuming_another_run_is_refused_and_a_finished_one_changes_nothing(tmp_path, change, named):
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    first = tiny_trainer(tmp_path, **saving)
+    first.train(resume_from_checkpoint=True)  # there is none yet
+    assert first.state.global_step == 2
+    with pytest.raises(ValueError, match=named):
+        tiny_trainer(tmp_path, max_steps=4, **saving, **change).train(resume_from_checkpoint=True)
+    again = tiny_trainer(tmp_path, **saving)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    for context in (contextlib.nullcontext, lambda trainer: trainer.averaged_policy()):
+        with context(first) as _, context(again) as _:
+            expected, actual = lora_tensors(first), lora_tensors(again)
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_checkpoints_hold_loadable_loras(tmp_path):
@@ -327,32 +356,47 @@ def test_only_pixel_rewards_decode(tmp_path):
     assert not latent_only.rewards.needs_images
 
 
-class NoisyReward:
-    """Scores clean latents and noisy states alike."""
-
-    def __call__(self, latents):
-        return closeness(latents)
-
-    def score_noisy(self, noisy_latents, prompts, noise_level):
-        return closeness(noisy_latents) * (1 - noise_level)
-
-
-def test_gain_credit_gives_every_step_its_own_advantage(tmp_path):
-    settings = {"per_device_train_batch_size": 12, "steps_per_generation": 1, "credit": "gain", "credit_discount": 1.0}
-    trainer = tiny_trainer(tmp_path, reward_funcs=NoisyReward(), **settings)
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_gain_credit_gives_every_step_its_own_advantage(tmp_path, discount):
+    settings = {"per_device_train_batch_size": 12, "steps_per_generation": 1, "credit_discount": discount}
+    trainer = tiny_trainer(tmp_path, credit="gain", **settings)
     ((experience,), _) = trainer.make_experience(0)
     first, second = experience.rollout.trained
-    states = experience.rollout.states
-    levels = trainer.sampler.levels
+    assert experience.rollout.clean == {}
+    predict = trainer.policy.bind(experience.conditioning_rows(), experience.negative)
+    values = {}
     for step in (first, second):
-        score = closeness(states[step]) * (1 - float(levels[step]))
-        gain = (closeness(experience.rollout.latents) - score).view(3, 4)
+        state, timestep = experience.rollout.states[step], trainer.sampler.timesteps[step].expand(12)
+        with torch.no_grad():
+            values[step] = closeness(trainer.sampler.predict_clean(step, state, predict(state, timestep)))
+    final = closeness(experience.rollout.latents)
+    # After the last stochastic step the end is known.
+    following = {first: final if discount else values[second], second: final}
+    for step in (first, second):
+        gain = (following[step] - values[step]).view(3, 4)
         expected = (gain - gain.mean(1, keepdim=True)) / (gain.std(1, keepdim=True) + 1e-4)
         torch.testing.assert_close(experience.advantages_at(step), expected.flatten(), rtol=1e-3, atol=1e-3)
     assert not torch.equal(experience.advantages_at(first), experience.advantages_at(second))
     assert experience.advantages_at(99) is experience.advantages
-    with pytest.raises(ValueError, match="which closeness cannot do"):
-        tiny_trainer(tmp_path, credit="gain")
+
+
+def test_gain_credit_scores_a_trajectory_under_one_noise(tmp_path):
+    seeds = []
+
+    def reward(latents, prompts, seed):
+        seeds.append((tuple(prompts), tuple(seed)))
+        scores = zip(prompts, closeness(latents).tolist(), strict=True)
+        return [None if prompt == "a cat" else score for prompt, score in scores]
+
+    settings = {"per_device_train_batch_size": 12, "steps_per_generation": 1, "num_generations": 2}
+    trainer = tiny_trainer(tmp_path, reward_funcs=reward, credit="gain", **settings)
+    ((experience,), _) = trainer.make_experience(0)
+    assert len(seeds) == 3
+    assert len(set(seeds)) == 1
+    cats = torch.tensor([prompt == "a cat" for prompt in experience.prompts])
+    assert 0 < int(cats.sum()) < 12
+    for step in experience.rollout.trained:
+        assert torch.equal(experience.advantages_at(step) == 0, cats)
 
 
 def test_hacking_alarm_stops_the_run_if_asked(tmp_path):

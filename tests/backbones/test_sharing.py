@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from dina_reward import LatentReward, SharedBackboneError
@@ -160,6 +164,12 @@ def test_it_follows_the_generator_to_another_dtype(pipeline: Any, checkpoint: Pa
     assert reward.model.dtype == torch.bfloat16
     assert not torch.equal(half, expected)
     torch.testing.assert_close(half, expected, atol=0.05, rtol=0.05)
+    pipeline.transformer.to(torch.float32)
+    torch.testing.assert_close(reward(latents, PROMPTS, seed=0), expected, atol=0.05, rtol=0.05)
+    pipeline.transformer.to(torch.float16)
+    pipeline.transformer.transformer_blocks[0].attn.to_q.weight.data[0, 0] += 0.5
+    with pytest.raises(SharedBackboneError, match=r"transformer_blocks.0.attn.to_q.weight' no longer is"):
+        reward(latents, PROMPTS, seed=0)
 
 
 def test_full_fine_tuning_is_refused(pipeline: Any, checkpoint: Path, latents: Tensor) -> None:
@@ -173,8 +183,50 @@ def test_full_fine_tuning_is_refused(pipeline: Any, checkpoint: Path, latents: T
     reward(latents, PROMPTS)
     with torch.no_grad():
         pipeline.transformer.transformer_blocks[0].attn.to_q.weight.add_(0.01)
-    with pytest.raises(SharedBackboneError, match=r"transformer_blocks.0.attn.to_q.weight' was changed in place"):
+    with pytest.raises(SharedBackboneError, match=r"transformer_blocks.0.attn.to_q.weight' no longer is"):
         reward(latents, PROMPTS)
+
+
+def fuse_and_unload(pipeline: Any) -> None:
+    add_policy_lora(pipeline.transformer)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+
+
+def copy_an_average(pipeline: Any) -> None:
+    average = EMAModel(pipeline.transformer.parameters())
+    average.shadow_params = [tensor + 0.05 for tensor in average.shadow_params]
+    average.copy_to(pipeline.transformer.parameters())
+
+
+def merge_and_unload(pipeline: Any) -> None:
+    lora = LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q"])
+    pipeline.transformer = get_peft_model(pipeline.transformer, lora).merge_and_unload()
+
+
+def assign_one_bias(pipeline: Any) -> None:
+    bias = pipeline.transformer.transformer_blocks[0].attn.to_v.bias
+    bias.data = bias.data + 0.05
+
+
+@pytest.mark.parametrize("change", [fuse_and_unload, copy_an_average, merge_and_unload, assign_one_bias])
+def test_weights_rewritten_without_a_trace_are_found_by_their_content(
+    pipeline: Any, checkpoint: Path, latents: Tensor, change: Callable[[Any], None]
+) -> None:
+    reward = LatentReward.from_pretrained(checkpoint, pipeline=pipeline, share_backbone=True)
+    reward(latents, PROMPTS, seed=0)
+    pipeline.transformer.to(memory_format=torch.channels_last)
+    reward(latents, PROMPTS, seed=0)
+    change(pipeline)
+    with pytest.raises(SharedBackboneError, match="no longer is the one that the reward was attached to"):
+        reward(latents, PROMPTS, seed=0)
+
+
+def test_a_shared_reward_is_not_copied_by_accident(pipeline: Any, checkpoint: Path, latents: Tensor) -> None:
+    shared = LatentReward.from_pretrained(checkpoint, pipeline=pipeline, share_backbone=True)
+    for duplicate in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(SharedBackboneError, match="cannot be copied or pickled"):
+            duplicate(shared)
 
 
 @pytest.mark.parametrize("share_backbone", [True, False])

@@ -95,7 +95,7 @@ def test_info_and_convert(parity_dir: Path, tmp_path: Path) -> None:
     [
         (["{reward}", "{a}", "-p", "x", "-p", "y"], "got 2 prompts for 1 inputs"),
         (["{reward}", "{a}"], "got 0 prompts for 1 inputs"),
-        (["{reward}", "{config}", "-p", "x"], "neither an image nor a .safetensors"),
+        (["{reward}", "{config}", "-p", "x"], "the image cannot be read"),
         (["{reward}", "{head}", "-p", "x"], "has no tensor 'latents'"),
         (["{reward}", "{a}", "-p", "x", "--noise-level", "40"], "must lie in"),
         (["{nothing}", "{a}", "-p", "x"], "neither a directory here nor a repository"),

@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 
 from dina_reward.alignment.evaluation import read_history
 from dina_reward.cli.app import app
+from dina_reward.cli.demo import shown_prompts
+from dina_reward.shapes.alignment import held_out_prompts
+from dina_reward.shapes.prompts import Scene
 
 
 def test_demo_writes_and_names_its_picture(tmp_path: Path) -> None:
@@ -18,10 +21,19 @@ def test_demo_writes_and_names_its_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "latent reward (trained on)" in result.output
     assert str(tmp_path / "demo.png") in result.output.replace("\n", "")
-    assert Image.open(tmp_path / "demo.png").size == (1500, 620)
+    assert Image.open(tmp_path / "demo.png").size == (1700, 480)
     history = read_history(tmp_path / "evaluation_history.jsonl")
     assert [record.step for record in history] == [0, 2]
     assert {"reward", "fit", "cleanness", "hacking_alarm"} == set(history[0].metrics)
+
+
+def test_the_picture_shows_two_prompts_of_each_shape_in_the_order_of_the_evaluation() -> None:
+    prompts = held_out_prompts()
+    shown = shown_prompts(prompts)
+    shapes = [Scene.parse(prompts[number]).shape for number in shown]
+    assert shapes == ["circle", "circle", "square", "square", "triangle", "triangle", "cross", "cross"]
+    first = next(number for number, prompt in enumerate(prompts) if "circle" in prompt)
+    assert shown[0] == first
 
 
 def test_shipped_alignment_never_decodes_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_shipped_reward_beside_a_clip_model(tmp_path: Path) -> None:
     output = tmp_path / "report"
     result = invoke(
         "shapes", "shapes", "--clip", clip, "--max-pairs", 48, "--ensembles", "0.2,0.5,0.7", "--draws", "1,2",
-        "--ensemble-kind", "tokens,mean", "--output", output, "--json", *FAST,
+        "--ensemble-kind", "tokens,mean", "--ensemble-advice", "--output", output, "--json", *FAST,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -84,13 +84,19 @@ def test_shipped_reward_beside_a_clip_model(tmp_path: Path) -> None:
     assert headline["accuracy"]["convention"] == data["ties"]["name"] == "half"
     low, high = headline["accuracy"]["interval"]
     assert low < headline["accuracy"]["value"] < high
-    assert any(" - " in source for source in headline["by_source"])
+    assert any(" - " in source for source in headline["by"]["source"])
     assert other["likelihood"] == "bradley_terry"
     assert other["cost"]["prepare_seconds_per_1000"] > 0
     assert data["differences"][0]["value"] < 0
     with Image.open(output / "evaluation.png") as picture:
         assert picture.size[0] > 1500
-    assert "tie convention 'half'" in (output / "evaluation.md").read_text()
+    assert other["advice"] is None
+    advice = reward["advice"]
+    assert (advice["draws"], [part["noise_level"] for part in advice["variances"]]) == (4, [0.2, 0.5, 0.7])
+    assert all(0 < part["noise_share"] < 1 for part in advice["variances"])
+    page = (output / "evaluation.md").read_text()
+    assert f"Recommendation: {advice['recommendation']}." in page
+    assert "tie convention 'half'" in page
 
 
 def test_seed_decides_everything() -> None:
@@ -192,8 +198,40 @@ def test_latent_cache(images: Path, tmp_path: Path) -> None:
     assert report["cost"]["prepare_seconds_per_1000"] == 0
     setting = report["settings"]["0.5"]
     assert setting["accuracy"]["convention"] == "imagereward"
-    assert {name: part["pairs"] for name, part in setting["by_resolution"].items()} == {"32x32": 3}
-    assert list(setting["by_source"]) == ["s"]
+    assert {name: cell["accuracy"]["pairs"] for name, cell in setting["by"]["resolution"].items()} == {"32x32": 3}
+    assert list(setting["by"]["source"]) == ["s"]
+
+
+@pytest.mark.usefixtures("rewards_on_path")
+def test_by_columns_of_the_dataset(images: Path) -> None:
+    rows = [
+        {"prompt": f"p{n}", "path1": f"{n}.png", "path2": f"{n + 1}.png", "confidence": 0.9, "category": category}
+        for n, category in enumerate(("animals", "animals", None))
+    ]
+    path = images / "categories.json"
+    path.write_text(json.dumps(rows))
+    arguments = (path, "--function", "cli_eval_rewards.darkness", "--ties", "half", "--resamples", 50)
+    result = invoke(*arguments, "--by", "category", "--by", "confidence", "--json")
+    assert result.exit_code == 0, result.output
+    by = json.loads(result.stdout)["rewards"][0]["settings"]["score"]["by"]
+    assert {
+        name: (c["accuracy"]["value"], c["accuracy"]["pairs"], c["few"]) for name, c in by["category"].items()
+    } == {
+        "animals": (1.0, 2, True),
+        "(no value)": (1.0, 1, True),
+    }
+    assert list(by["confidence"]) == ["0.9"]
+    assert "category, score: 100.0 % overall; no part has 100 pairs" in invoke(*arguments, "--by", "category").stdout
+    missing = invoke(*arguments, "--by", "kind").exception
+    assert "has no column ['kind']; it has category, confidence, path1, path2, prompt" in str(missing)
+
+
+def test_by_a_column_of_the_embedded_pairs() -> None:
+    result = invoke("shapes", "shapes", "--max-pairs", 16, "--ensembles", "none", "--by", "gap", "--json", *FAST)
+    assert result.exit_code == 0, result.output
+    by = json.loads(result.stdout)["rewards"][0]["settings"]["0.5"]["by"]
+    assert list(by) == ["gap"]
+    assert [cell["accuracy"]["pairs"] for cell in by["gap"].values()] == [4, 4, 4, 4]
 
 
 def test_names_are_short_and_different() -> None:

@@ -37,11 +37,11 @@ def flux_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_reward() -> None:
-    assert "rank 32, alpha 64, 196,608 parameters" in invoke("shapes").output
+    assert "rank 32, alpha 64, 442,368 parameters" in invoke("shapes").output
     (reward,) = cards("shapes")
     assert reward["family"] == "sd3"
     assert reward["lora"] == {"rank": 32, "alpha": 64}
-    assert reward["parameters"] == {"LoRA": 196_608, "head": 549_843}
+    assert reward["parameters"] == {"LoRA": 442_368, "head": 549_843}
 
 
 def test_pipeline_directory_is_read_without_weights(flux_directory: Path) -> None:

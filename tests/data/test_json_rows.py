@@ -100,3 +100,30 @@ def test_other_files(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=f"rows.json.*{message}"):
         read_json_rows(path)
+
+
+@pytest.mark.parametrize("form", ["[{}, {}, {}]", "{}\n{}\n{}\n"])
+def test_records_that_are_no_text_are_damaged_and_the_others_are_read(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "rows.json"
+    rows = [b'{"prompt": "caf\xc3\xa9"}', b'{"prompt": "caf\xe9"}', b'{"prompt": "half \\ud83d"}']
+    path.write_bytes(form.encode().replace(b"{}", b"%s") % tuple(rows))
+    table, damaged = read_json_rows(path)
+    assert table.column("prompt").to_pylist() == ["café", None, None]
+    assert {index: "half of a character" in reason for index, reason in damaged.items()} == {1: True, 2: True}
+
+
+def test_utf_16_is_read_by_its_bom(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "café"}\n'.encode("utf-16"))
+    table, damaged = read_json_rows(path)
+    assert table.column("prompt").to_pylist() == ["café"]
+    assert damaged == {}
+
+
+def test_deep_nesting_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n' + "[" * 100_000 + "\n")
+    assert list(read_json_rows(path)[1]) == [1]
+    path.write_text("[" + "[" * 100_000)
+    with pytest.raises(ValueError, match="rows.jsonl is no valid JSON"):
+        read_json_rows(path)

@@ -8,7 +8,10 @@ from dina_reward.data import Preference, collate_preferences
 
 def test_training_row() -> None:
     a, b = torch.zeros(2, 4, 4), torch.ones(2, 4, 4)
-    pair = Preference("p", a, b, 0.25, weight=2, source="x / y", group="g")
+    pair = Preference("p", a, b, 0.25, weight=2, source="x / y", group="g", columns={"category": "food"})
+    assert {name: pair.training_row()[name] for name in ("source", "group", "category")} == {
+        "source": "x / y", "group": "g", "category": "food"
+    }  # fmt: skip
     batch = collate_preferences([pair.training_row(), pair.training_row(chosen=b, rejected=a)])
     torch.testing.assert_close(batch["chosen"], torch.stack([a, b]))
     torch.testing.assert_close(batch["rejected"], torch.stack([b, a]))

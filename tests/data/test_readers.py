@@ -235,3 +235,13 @@ class TestMapStyle:
         assert [number(pair.a) for pair in all_pairs(copy)] == [number(pair.a) for pair in all_pairs(reader)]
         loader = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=1)
         assert [pair.prompt for pair in loader] == ["p3", "p0", "p2"]
+
+
+def test_further_columns_are_handed_on_whichever_side_comes_first() -> None:
+    rows = pairs_of(12).add_column("category", ["food", "null", None] * 4).add_column("votes", list(range(12)))
+    reader = read_preferences(rows, columns=("category", "votes"))
+    assert 0 < int(shown_first(reader).sum()) < 12
+    table = [reader._further(reader._sides(index)[1][0]) for index in range(12)]
+    assert table == [{"category": "food" if i % 3 == 0 else None, "votes": i} for i in range(12)]
+    with pytest.raises(ValueError, match=r"has no column \['kind'\]; it has category, path1, path2, prompt, votes"):
+        read_preferences(rows, columns=("kind",))

@@ -13,6 +13,9 @@ import torch
 from tests.alignment.helpers import ALGORITHMS, algorithm_trainer, logged, lora_tensors
 
 
+COUNTS = ("denoiser_calls", "denoiser_calls/rollout", "denoiser_calls/update", "reward_calls", "decoder_calls")
+
+
 def run(output_dir: Path, batch_size: int) -> dict[str, dict[str, object]]:
     """Two generations with every algorithm."""
     results: dict[str, dict[str, object]] = {}
@@ -28,6 +31,7 @@ def run(output_dir: Path, batch_size: int) -> dict[str, dict[str, object]]:
             "averaged": averaged,
             "reward": logged(trainer, "reward"),
             "grad_norm": logged(trainer, "grad_norm"),
+            "costs": {key: logged(trainer, key) for key in COUNTS},
             "processes": trainer.accelerator.num_processes,
         }
     return results

@@ -38,5 +38,6 @@ def test_two_ranks_with_half_the_batch_train_like_one(ranks: list[Any], alone: d
             torch.testing.assert_close(first[kind][key], tensor, atol=2e-4, rtol=2e-3)
     assert first["reward"] == second["reward"] == pytest.approx(expected["reward"], rel=1e-4, abs=1e-5)
     assert first["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=1e-2)
+    assert first["costs"] == second["costs"] == expected["costs"]
     start = {key: tensor for key, tensor in expected["lora"].items() if "lora_B" in key}
     assert any(float(tensor.abs().max()) > 1e-4 for tensor in start.values())

@@ -26,7 +26,7 @@ from dina_reward.evaluation import (
     score_dataset,
     score_pairs,
 )
-from dina_reward.evaluation.comparison import MAX_SLICES, REST
+from dina_reward.evaluation.cells import MAX_CELLS, REST
 from dina_reward.evaluation.ties import validation_half
 from dina_reward.likelihood import ThurstoneModel
 from dina_reward.noise.draws import fold_seed
@@ -131,8 +131,11 @@ def test_slices_distribution_and_paired_difference() -> None:
 
     comparison = compare(pairs, scorers=[CallableScorer(first_value), CallableScorer(opposite)])
     report = comparison.rewards[0].settings["score"]
-    assert {name: (r.value, r.pairs) for name, r in report.by_source.items()} == {"x": (0.5, 2), "y": (1.0, 2)}
-    assert {name: r.pairs for name, r in report.by_resolution.items()} == {"latent 4x4": 4}
+    assert {name: (c.accuracy.value, c.accuracy.pairs) for name, c in report.by["source"].items()} == {
+        "x": (0.5, 2),
+        "y": (1.0, 2),
+    }
+    assert {name: cell.accuracy.pairs for name, cell in report.by["resolution"].items()} == {"latent 4x4": 4}
     assert report.distribution.mean == pytest.approx(7 / 8)
     (difference,) = comparison.differences
     assert difference.value == pytest.approx(0.25 - 0.75)
@@ -141,11 +144,11 @@ def test_slices_distribution_and_paired_difference() -> None:
 
 
 def test_many_sources_are_pooled() -> None:
-    count = MAX_SLICES + 5
+    count = MAX_CELLS + 5
     pairs = pairs_with_scores([(1, 0, 1.0)] * count, sources=[f"source {i}" for i in range(count)])
-    by_source = compare(pairs).rewards[0].settings["score"].by_source
-    assert len(by_source) == MAX_SLICES + 1
-    assert by_source[REST].pairs == 5
+    by_source = compare(pairs).rewards[0].settings["score"].by["source"]
+    assert len(by_source) == MAX_CELLS + 1
+    assert by_source[REST].accuracy.pairs == 5
 
 
 def test_latent_scores_agree_with_the_reward(reward: LatentReward) -> None:
@@ -292,3 +295,40 @@ def test_rows_of_training_data_keep_their_source_and_bucket() -> None:
     row = {**rows[0], "source": "s", "group": "g", "bucket": (832, 1248)}
     table = score_dataset(CallableScorer(first_value), [row], progress=False).table
     assert (table.sources, table.groups, table.resolutions) == (["s"], ["g"], ["832x1248"])
+
+
+def test_by_any_column_and_the_worst_part_beside_the_total(tmp_path: Path) -> None:
+    rows = [(1, 0, 1.0)] * 150 + [(0, 1, 1.0)] * 100
+    kinds = ["size"] * 150 + ["shape"] * 100
+    pairs = [
+        replace(pair, columns={"differs": kind, "votes": 3})
+        for pair, kind in zip(pairs_with_scores(rows), kinds, strict=True)
+    ]
+    comparison = compare(pairs, by=("differs", "source"))
+    by = comparison.rewards[0].settings["score"].by
+    assert {name: (c.accuracy.value, c.mean_margin) for name, c in by["differs"].items()} == {
+        "size": (1.0, 1.0),
+        "shape": (0.0, -1.0),
+    }
+    assert by["differs"]["shape"].calibration_error == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6)
+    assert by["source"] == {}
+    table = comparison_table(comparison)
+    assert "60.0 % overall; worst: shape 0.0 % of 100 pairs" in table
+    assert "| shape 0.0 % of 100 pairs |" in table  # beside the total in the first table
+    assert "## By source" not in table
+    assert json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["rewards"][0]["settings"]["score"]["by"]
+    plot_comparison(compare(pairs, by=("differs", "votes", "prompt", "resolution")), tmp_path / "page.png")
+    with Image.open(tmp_path / "page.png") as picture:
+        assert picture.size[1] > 1235
+    with pytest.raises(
+        ValueError, match=r"no column 'kind'; it has differs, group, prompt, resolution, source, votes"
+    ):
+        compare(pairs, by="kind")
+
+
+def test_two_rewards_by_a_column_stand_side_by_side() -> None:
+    pairs = pairs_with_scores([(1, 0, 1.0), (0, 1, 1.0)], sources=["x", "y"])
+    scorers = [CallableScorer(first_value, name=name) for name in ("one", "other")]
+    table = comparison_table(compare(pairs, scorers=scorers))
+    assert "| source |   pairs |             one (score) |           other (score) |" in table
+    assert "other, source, score: 50.0 % overall; no part has 100 pairs" in table

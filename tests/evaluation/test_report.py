@@ -118,3 +118,62 @@ def test_bad_input_is_refused(reward: LatentReward, scores: PairScores) -> None:
         scores.column("0.9")
     with pytest.raises(ValueError, match="no setting '0.9'"):
         report_from_scores(scores).calibration_table("0.9")
+
+
+def test_report_by_columns(scores: PairScores) -> None:
+    margins = torch.ones(300, 3)
+    margins[:120, 1] = -1.0  # at level .5 all pairs of shape are wrong
+    made = replace(
+        scores,
+        chosen=margins,
+        rejected=torch.zeros(300, 3),
+        p_chosen=torch.ones(300),
+        prompts=["p"] * 150 + ["q"] * 150,
+    )
+    differs = ["shape"] * 120 + ["size"] * 130 + ["several"] * 50
+    report = report_from_scores(made, by={"differs": differs}, resamples=100)
+    shape = report.by["differs"]["0.5"]["shape"]
+    assert (shape.accuracy.value, shape.accuracy.pairs, shape.mean_margin, shape.few) == (0.0, 120, -1.0, False)
+    assert shape.calibration_error == pytest.approx(float(1 - made.probabilities[0, 1]))
+    assert report.by["differs"]["0.1"]["shape"].accuracy.value == 1.0
+    assert report.accuracy["0.5"].value == pytest.approx(0.6)
+    assert report.accuracy["0.5"].interval == pytest.approx((0.2, 1.0))
+    table = report.cells_table("differs", "0.5")
+    assert "differs, 0.5: 60.0 % overall; worst: shape 0.0 % of 120 pairs" in table
+    assert "| several | 50 (few) |   100.00 [100.00, 100.00] |       1.000 |" in table
+    assert "few: fewer than 100 pairs" in table
+    assert "100.0 % overall; worst: size 100.0 % of 130 pairs" in report.table()
+    assert json.loads(json.dumps(report.to_dict()))["by"]["differs"]["0.5"]["several"]["few"] is True
+    with pytest.raises(ValueError, match="no column 'kind' at '0.5'; this report has the columns differs"):
+        report.cells_table("kind", "0.5")
+    with pytest.raises(ValueError, match=r"no column 'differs'; it has prompt"):
+        report_from_scores(made, by="differs")
+
+
+def test_selected_pairs_keep_their_columns(scores: PairScores) -> None:
+    named = replace(scores, prompts=[f"p{i}" for i in range(400)], columns={"number": list(range(400))})
+    part = named.select(torch.arange(400) % 200 == 3)
+    assert (part.prompts, part.columns) == (["p3", "p203"], {"number": [3, 203]})
+    torch.testing.assert_close(part.margins, scores.margins[[3, 203]])
+    assert scores.select(scores.p_chosen >= 0).prompts == ()
+
+
+def test_records_are_reported_by_any_column(reward: LatentReward, tmp_path: Path) -> None:
+    pairs = [
+        {**pair, "category": ["animals", "food"][i % 2], "bucket": (8, 8)} for i, pair in enumerate(separable_pairs(6))
+    ]
+    report = evaluate_preferences(
+        reward, iter(pairs), PROTOCOL, by=("category", "bucket"), progress=False, batch_size=4
+    )
+    plain = evaluate_preferences(reward, pairs, PROTOCOL, progress=False)
+    assert {name: cell.accuracy.pairs for name, cell in report.by["category"]["0.5"].items()} == {
+        "animals": 3,
+        "food": 3,
+    }
+    assert list(report.by["bucket"]["ensemble"]) == ["8x8"]
+    assert report.accuracy["0.5"].value == plain.accuracy["0.5"].value
+    assert plain.accuracy["0.5"].interval is None
+    plot_evaluation(report, tmp_path / "by.png")
+    assert (tmp_path / "by.png").stat().st_size > 20_000
+    with pytest.raises(ValueError, match="has no column 'kind'; it has bucket, category, .*prompt"):
+        evaluate_preferences(reward, pairs, PROTOCOL, by="kind", progress=False)

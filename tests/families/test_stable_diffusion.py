@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from dina_reward import LatentReward, LatentRewardConfig, default_lora_config
@@ -145,6 +145,27 @@ def test_noise_level_is_the_standard_deviation_of_the_schedulers_noise(reward: L
     rows = reward.score_noisy(noisy, PROMPTS, timesteps=torch.tensor([5, timestep, 990]))
     torch.testing.assert_close(rows[1], output.scores[1], rtol=0, atol=1e-5)
     assert not torch.allclose(rows[[0, 2]], output.scores[[0, 2]], atol=1e-4)
+
+
+def test_states_of_unknown_scale_are_refused_and_scaled_by_the_scheduler_that_is_named(
+    reward: LatentReward, latents: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    euler = EulerDiscreteScheduler.from_config(reward.config.scheduler_config)
+    euler.set_timesteps(10)
+    time, sigma = float(euler.timesteps[4]), float(euler.sigmas[4])
+    preserving = latents * 1.0
+    level = sigma / (1 + sigma**2) ** 0.5
+    expected = reward.score_noisy(preserving, PROMPTS, noise_level=level)
+    unscaled = preserving * (1 + sigma**2) ** 0.5
+    scores = reward.score_noisy(unscaled, PROMPTS, timesteps=time, scheduler=euler)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+    monkeypatch.setattr(reward.prompt_encoder.pipeline, "scheduler", euler)
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler they may be unscaled.*scheduler=.*noise_level="):
+        reward.score_noisy(unscaled, PROMPTS, timesteps=time)
+    with pytest.raises(ValueError, match="`scheduler` goes with its `timesteps`"):
+        reward.score_noisy(unscaled, PROMPTS, noise_level=level, scheduler=euler)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+        reward.score_noisy(unscaled, PROMPTS, noise_level=level, batch_size=-1)
 
 
 @pytest.mark.parametrize("settings", [{"num_train_timesteps": 200}, {"beta_schedule": "linear"}])

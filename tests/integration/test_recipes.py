@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from dina_reward.alignment import DiffusionGRPOConfig
+from dina_reward.alignment import DiffusionGRPOConfig, DiffusionNFTConfig
 from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
 from dina_reward.recipes.configs import RecipeConfig, check_config, configs_of, parse_config
-from dina_reward.shapes.alignment import alignment_config
+from dina_reward.shapes.alignment import alignment_config, nft_config
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -107,15 +108,22 @@ def test_published_values(name: str) -> None:
         assert (arguments.share_backbone, arguments.torch_dtype) == (False, "float32")
 
 
-def test_flow_grpo_recipe_equals_the_measured_run() -> None:
-    values: dict[str, Any] = yaml.safe_load((RECIPES / "configs" / "flow_grpo_shapes.yaml").read_text())
-    names = {f.name for f in fields(DiffusionGRPOConfig)}
-    recipe = DiffusionGRPOConfig(**{key: value for key, value in values.items() if key in names})
-    measured = alignment_config(recipe.output_dir, seed=recipe.seed)
+@pytest.mark.parametrize(
+    ("recipe", "config_class", "measured"),
+    [
+        ("flow_grpo_shapes", DiffusionGRPOConfig, partial(alignment_config, iterations=30)),
+        ("nft_shapes", DiffusionNFTConfig, nft_config),
+    ],
+)
+def test_recipe_equals_the_measured_run(recipe: str, config_class: Any, measured: Any) -> None:
+    values: dict[str, Any] = yaml.safe_load((RECIPES / "configs" / f"{recipe}.yaml").read_text())
+    names = {f.name for f in fields(config_class)}
+    written = config_class(**{key: value for key, value in values.items() if key in names})
+    run = measured(written.output_dir, seed=written.seed)
     different = {
-        name: (getattr(recipe, name), getattr(measured, name))
+        name: (getattr(written, name), getattr(run, name))
         for name in sorted(names - WRITING)
-        if name not in ("run_name", "logging_dir") and str(getattr(recipe, name)) != str(getattr(measured, name))
+        if name not in ("run_name", "logging_dir") and str(getattr(written, name)) != str(getattr(run, name))
     }
     assert different == {}
 

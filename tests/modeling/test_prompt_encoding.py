@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from dina_reward.families import Conditioning, get_family
 from dina_reward.modeling.prompt_encoding import PromptEncoder
+from tests.tiny_models import tiny_sd_pipeline
 
 
 class CountingFamily:
@@ -115,3 +119,52 @@ def test_given_padding_is_cut_off_and_no_pipeline_is_needed() -> None:
             encoder(["other"])
     with encoder.given(["short"], None), pytest.raises(ValueError, match="no text encoders"):
         encoder(["short"])
+
+
+def train_one_token(pipeline: Any) -> None:
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight[-1, 0] += 1
+
+
+def rewrite_by_data(pipeline: Any) -> None:
+    for parameter in pipeline.text_encoder.parameters():
+        parameter.data.mul_(0.5)
+
+
+def add_lora(pipeline: Any) -> None:
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+
+def weaken_lora(pipeline: Any) -> None:
+    for layer in pipeline.text_encoder.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scaling["default"] /= 2
+
+
+def invert_text(pipeline: Any) -> None:
+    width = pipeline.text_encoder.get_input_embeddings().weight.shape[1]
+    pipeline.load_textual_inversion({"<style>": torch.ones(1, width)}, token="<style>")
+
+
+def test_encodings_are_forgotten_when_the_text_encoders_change() -> None:
+    pipeline = tiny_sd_pipeline()
+    encoder = PromptEncoder(get_family("stable_diffusion"), pipeline)
+    encoder(["a <style>"])
+    first = encoder._cache["a <style>"]
+    encoder(["a <style>"])
+    assert encoder._cache["a <style>"] is first
+    for change in (train_one_token, rewrite_by_data, add_lora, weaken_lora, invert_text):
+        before = encoder._cache["a <style>"]
+        change(pipeline)
+        encoder(["a <style>"])
+        assert encoder._cache["a <style>"] is not before, change.__name__
+    fresh, _ = PromptEncoder(get_family("stable_diffusion"), pipeline)(["a <style>"])
+    assert torch.equal(encoder(["a <style>"])[0].prompt_embeds, fresh.prompt_embeds)
+
+
+def test_an_encoder_can_be_copied() -> None:
+    encoder, family = make()
+    encoder(["a"])
+    other = copy.deepcopy(encoder)
+    assert other(["a"])[0].prompt_embeds.tolist() == [[[1.0]]]
+    assert len(family.calls) == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from dina_reward.noise.draws import draw_noise, fold_seed
+from dina_reward.noise.draws import draw_level_noise, draw_noise, fold_seed
 
 
 LATENTS = torch.zeros(4, 2, 3, 3)
@@ -28,6 +31,21 @@ def test_row_seeds_follow_their_row_into_any_batch() -> None:
     for row in range(4):
         part = draw_noise(LATENTS[row : row + 1], seed=torch.tensor(seeds[row : row + 1]))
         torch.testing.assert_close(part[:, 0], whole[:, row], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", [np.int64(5), np.array(5), torch.tensor(5), torch.tensor(5, dtype=torch.uint8)])
+def test_seeds_are_integers_of_any_kind(seed: Any) -> None:
+    assert torch.equal(draw_noise(LATENTS, seed=seed), draw_noise(LATENTS, seed=5))
+    assert torch.equal(draw_noise(LATENTS, seed=seed, share_noise=True), draw_noise(LATENTS, seed=5, share_noise=True))
+    assert torch.equal(draw_noise(LATENTS, seed=4 * [seed]), draw_noise(LATENTS, seed=[5, 5, 5, 5]))
+
+
+@pytest.mark.parametrize(
+    "seed", [1.5, "12", True, {1, 2, 3, 4}, torch.tensor([1.5, 2.5, 3.5, 4.5]), [1, 2, 3, 4.0], np.array([1.0] * 4)]
+)
+def test_what_is_no_integer_is_no_seed(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        draw_noise(LATENTS, seed=seed)
 
 
 def test_more_samples_extend_the_stream() -> None:
@@ -62,6 +80,29 @@ def test_given_noise_is_broadcast() -> None:
     assert torch.equal(noise[1, 3], row[0])
     whole = torch.randn(2, 4, 2, 3, 3)
     assert torch.equal(draw_noise(LATENTS, num_samples=2, noise=whole), whole)
+
+
+def test_levels_have_noise_of_their_own_that_depends_on_row_and_level_alone() -> None:
+    noise = draw_level_noise(LATENTS, (0.2, 0.5), num_samples=3, seed=7)
+    assert noise.shape == (2, 3, 4, 2, 3, 3)
+    assert len({tuple(row.tolist()) for row in noise.reshape(24, -1)}) == 24
+    assert torch.equal(draw_level_noise(LATENTS, (0.5, 0.9), num_samples=2, seed=7)[0], noise[1, :2])
+    assert torch.equal(draw_level_noise(LATENTS[:2], (0.2, 0.5), num_samples=3, seed=7), noise[:, :, :2])
+    whole = draw_level_noise(LATENTS, (0.2, 0.5), seed=[1, 2, 3, 4])
+    assert torch.equal(draw_level_noise(LATENTS[2:3], (0.2, 0.5), seed=torch.tensor([3])), whole[:, :, 2:3])
+    correlation = torch.corrcoef(draw_level_noise(torch.zeros(1, 20_000), (0.2, 0.5), seed=0).reshape(2, -1))[0, 1]
+    assert abs(float(correlation)) < 0.03
+
+
+def test_noise_by_level_is_shared_or_given() -> None:
+    shared = draw_level_noise(LATENTS, (0.2, 0.5), share_noise=True, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(shared[:, :, :1].expand_as(shared), shared)
+    assert not torch.equal(shared[0], shared[1])
+    given = torch.randn(2, 3, *LATENTS.shape)
+    assert torch.equal(draw_level_noise(LATENTS, (0.2, 0.5), num_samples=3, noise=given), given)
+    for wrong in (given[0], given[:1]):
+        with pytest.raises(ValueError, match=r"expected \(2, 3, 4, 2, 3, 3\): levels, draws"):
+            draw_level_noise(LATENTS, (0.2, 0.5), num_samples=3, noise=wrong)
 
 
 def test_fold_seed_separates_streams() -> None:

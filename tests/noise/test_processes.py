@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
-from dina_reward.noise import FlowMatchingNoise, LevelSampler, VariancePreservingNoise
+from dina_reward.noise import FlowMatchingNoise, LevelSampler, VariancePreservingNoise, is_flow_matching
 
 
 SD3_SCHEDULER = {"num_train_timesteps": 1000, "shift": 3.0}
@@ -18,6 +19,13 @@ SD15_SCHEDULER = {
     "beta_schedule": "scaled_linear",
 }
 DRAWS = 20_000
+OTHER_PROCESSES = [
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+    "ScoreSdeVeScheduler",
+    "SCMScheduler",
+]
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +184,22 @@ def test_levels_depend_on_the_generator_alone(name: Any) -> None:
 def test_bad_distributions_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LevelSampler(**arguments)
+
+
+@pytest.mark.parametrize("name", OTHER_PROCESSES)
+def test_schedulers_of_other_processes_are_refused(name: str) -> None:
+    config = getattr(diffusers, name)().config
+    for read in (
+        is_flow_matching,
+        FlowMatchingNoise.from_scheduler_config,
+        VariancePreservingNoise.from_scheduler_config,
+    ):
+        with pytest.raises(ValueError, match="neither DDPM nor flow matching"):
+            read(config)
+
+
+def test_the_other_known_process_is_refused() -> None:
+    with pytest.raises(ValueError, match="this model is a flow-matching one, but the scheduler is a DDPM's"):
+        FlowMatchingNoise.from_scheduler_config(diffusers.DDIMScheduler().config)
+    with pytest.raises(ValueError, match="this model is a DDPM, but the scheduler is a flow-matching one"):
+        VariancePreservingNoise.from_scheduler_config(diffusers.FlowMatchEulerDiscreteScheduler().config)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dina_reward import recipes
 from dina_reward.recipes import RecipeArguments
+from dina_reward.recipes import alignment as recipes
 from dina_reward.shapes import Oracle
 from dina_reward.shapes.alignment import oracle_scores
 

@@ -49,6 +49,20 @@ def test_values_come_from_file_and_command_line_which_wins(tmp_path: Path) -> No
     assert (data.dataset_name, data.shuffle, training.max_steps) == ("x", False, 10)
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers_in_lists_too(tmp_path: Path) -> None:
+    _, training = parse(tmp_path, "dataset_name: d\nnoise_level: [2e-1, 0.5, 4e-1]\n")
+    assert training.noise_level == [0.2, 0.5, 0.4]
+    _, training = parse(tmp_path, "dataset_name: d\nnoise_level: 2e-1\n")
+    assert training.noise_level == [0.2]
+    with pytest.raises(ValueError, match="noise_level must be .*got .'2e-1', 'much'."):
+        parse(tmp_path, "dataset_name: d\nnoise_level: [2e-1, much]\n")
+
+
+def test_the_beginning_of_an_option_is_not_the_option(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown option --max_st; did you mean --max_steps?"):
+        parse(tmp_path, "dataset_name: d\n", "--max_st", "7")
+
+
 @pytest.mark.parametrize("option", [("--window", "null"), ("--window=null",)])
 def test_null_on_the_command_line_is_no_value(tmp_path: Path, option: tuple[str, ...]) -> None:
     data, training = parse(tmp_path, "dataset_name: d\nwindow: [0, 5]\n", *option, "--max_steps", "7")
@@ -108,6 +122,8 @@ def test_missing_file() -> None:
         (None, int | None, None),
         ("a", list[str], ["a"]),
         (0.5, list[float] | None, [0.5]),
+        ("1e-4", list[float], [1e-4]),
+        (["2e-1", "7"], list[str], ["2e-1", "7"]),
         (["a", "b"], list[str] | str | None, ["a", "b"]),
         ("x", Literal["x", "y"], "x"),
         ({"a": 1}, dict | str | None, {"a": 1}),
@@ -118,7 +134,7 @@ def test_values_that_fit(value: Any, hint: Any, expected: Any) -> None:
     assert checked_value("field", value, hint) == expected
 
 
-@pytest.mark.parametrize(("value", "hint"), [(None, int), ("1e-4", list[float]), (1, Literal["x"]), ({}, str)])
+@pytest.mark.parametrize(("value", "hint"), [(None, int), ("x", list[float]), (1, Literal["x"]), ({}, str)])
 def test_values_that_do_not_fit(value: Any, hint: Any) -> None:
     with pytest.raises(ValueError, match="field must be"):
         checked_value("field", value, hint)

@@ -27,8 +27,8 @@ def test_stages_run_in_order_whatever_the_order_of_their_names(calls, tmp_path):
     build(tmp_path, ["generator", "vae"], seed=3)
     assert calls == [("vae", 3), ("generator", 3)]
     assert [directory for _, directory in STAGES.values()] == [
-        *("vae", "flow", "flow-preferences", "flow-reward"),
-        *("ddpm", "ddpm-preferences", "ddpm-reward"),
+        *("vae", "flow", "flow-aligned", "flow-preferences", "flow-reward"),
+        *("ddpm", "ddpm-aligned", "ddpm-preferences", "ddpm-reward"),
     ]
 
 

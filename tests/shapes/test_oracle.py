@@ -47,7 +47,7 @@ def test_each_wrong_attribute_costs_a_quarter_of_fit(oracle):
         scores = oracle(image, [caption])
         assert scores.fit.item() == fit
         assert tuple(scores.attributes[0].tolist()) == attributes
-        assert scores.quality.item() == pytest.approx(0.8 * fit + 0.2 * scores.cleanness.item())
+        assert scores.quality.item() == pytest.approx(0.7 * fit + 0.3 * scores.cleanness.item())
 
 
 def test_pure_noise_and_plain_images_are_not_clean(oracle):
@@ -82,5 +82,5 @@ def test_wrong_shapes_are_refused(oracle):
 
 def test_accuracy_table_has_a_row_for_clean_and_each_degradation():
     lines = accuracy_table(renders_per_scene=1, strengths=(0.3,)).splitlines()
-    assert len(lines) == 2 + 1 + 7
+    assert len(lines) == 2 + 1 + 11
     assert lines[2].startswith("| clean | 100.0 |")

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from dina_reward.shapes.preferences import (
     preference_probability,
     sample_pairs,
 )
-from dina_reward.shapes.prompts import Scene
+from dina_reward.shapes.prompts import ATTRIBUTES, Scene
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +26,17 @@ def pairs(pool):
     return sample_pairs(pool, "held_out", count=3000, seed=0)
 
 
-def test_pool_holds_every_source_equally(pool):
+def test_pool_holds_every_source_equally_and_aligned_samples_as_given(shapes_pipeline, pool):
     assert pool.latents.shape == (5 * 96, 8, 8, 8)
-    assert torch.equal(pool.source.bincount(), torch.full((len(SOURCES),), 96))
+    assert torch.equal(pool.source.bincount(), torch.full((5,), 96))
+    more = build_pool(shapes_pipeline, "held_out", count=4, seed=0, aligned=pool.latents[:7].half())
+    assert (more.source == SOURCES.index("aligned")).sum() == 7
+    torch.testing.assert_close(more.latents[-7:], pool.latents[:7], rtol=0, atol=5e-3)
 
 
 def test_renders_in_the_pool_are_cleaner_than_the_rest(pool):
-    cleanness = {source: pool.cleanness[pool.source == index].mean() for index, source in enumerate(SOURCES)}
-    assert cleanness["render"] > max(cleanness[source] for source in SOURCES if source != "render")
+    cleanness = {source: pool.cleanness[pool.source == index].mean() for index, source in enumerate(SOURCES[:5])}
+    assert cleanness["render"] > max(cleanness[source] for source in cleanness if source != "render")
 
 
 def test_captions_come_from_the_split_only(pairs):
@@ -64,6 +69,50 @@ def test_pairs_cover_all_gaps_and_kinds(pairs):
     assert (gaps > 0.3).float().mean() > 0.1
     kinds = {record["kind"] for record in pairs}
     assert {"sde-sde", "sde-render", "render-degraded", "ode-perturbed"} <= kinds
+
+
+def shown_and_asked(pairs):
+    """Attributes that the two latents of each pair show, and those that the caption asks for."""
+    return pairs.indices[pairs.chosen], pairs.indices[pairs.rejected], pairs.scenes
+
+
+def test_attribute_pairs_show_the_same_but_for_one_thing_which_one_of_them_has_right(pool):
+    pairs = sample_pairs(pool, "held_out", count=400, seed=1, kinds={"attribute": 1.0})
+    first, second, asked = shown_and_asked(pairs)
+    assert torch.equal((first != second).sum(dim=1), torch.ones(400, dtype=torch.long))
+    assert torch.equal(((first == asked) != (second == asked)).sum(dim=1), torch.ones(400, dtype=torch.long))
+    counts = Counter(record["differs"] for record in pairs)
+    assert set(counts) == {"size", "color", "shape", "background"}
+    assert counts["shape"] > 150
+    assert min(counts.values()) > 30
+
+
+def test_cleanness_pairs_show_the_same_scene(pool):
+    pairs = sample_pairs(pool, "held_out", count=200, seed=1, kinds={"cleanness": 1.0})
+    first, second, _ = shown_and_asked(pairs)
+    assert torch.equal(first, second)
+    assert {record["differs"] for record in pairs} == {"cleanness"}
+    difference = 0.3 * (pairs.cleanness[pairs.chosen] - pairs.cleanness[pairs.rejected])
+    torch.testing.assert_close(pairs.gap, difference, rtol=0, atol=1e-6)
+
+
+def test_hard_pairs_have_their_share(pairs):
+    first, second, _ = shown_and_asked(pairs)
+    one = ((first != second).sum(dim=1) == 1).float().mean().item()
+    none = (first == second).all(dim=1).float().mean().item()
+    assert 0.4 < one < 0.6
+    assert 0.2 < none < 0.3
+
+
+def test_what_differs_is_named_by_the_caption_not_by_the_images(pairs):
+    for index in range(50):
+        first, second, asked = (part[index] for part in shown_and_asked(pairs))
+        wrong = [
+            name
+            for name, a, b, want in zip(ATTRIBUTES, first, second, asked, strict=True)
+            if (a == want) != (b == want)
+        ]
+        assert pairs[index]["differs"] == ("cleanness" if not wrong else wrong[0] if len(wrong) == 1 else "several")
 
 
 def test_pairs_are_seeded(pool, pairs):

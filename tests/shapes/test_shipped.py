@@ -23,7 +23,7 @@ def test_import_is_light_and_names_resolve():
 
 def test_everything_shipped_is_small():
     files = [path for path in weights_dir("flow").parent.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 12e6
+    assert sum(path.stat().st_size for path in files) < 16e6
     assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -35,7 +35,7 @@ def test_weights_load_in_full_precision(world, count):
 
 
 def test_unknown_weights_are_refused_with_the_choices():
-    with pytest.raises(ValueError, match="shipped: ddpm, ddpm-reward, flow, flow-reward"):
+    with pytest.raises(ValueError, match="shipped: ddpm, ddpm-aligned, ddpm-reward, flow, flow-aligned, flow-reward"):
         weights_dir("sd9")
     with pytest.raises(ValueError, match="No world called 'pixel'; there are: flow, ddpm"):
         load_pipeline("pixel")

@@ -39,6 +39,16 @@ def test_numbers_follow_the_warm_up_formula() -> None:
     assert callback.num_updates == len(values)
 
 
+def test_averages_of_a_compiled_model_have_the_names_of_the_model(tmp_path: Path) -> None:
+    model = ToyModel()
+    callback = EMACallback(torch.compile(model, backend="eager"), decay=0.5)  # type: ignore[arg-type]
+    drive(callback, model, [1.0, 4.0])
+    callback.save_state(str(tmp_path))
+    plain = EMACallback(model, decay=0.5)
+    plain.load_state(str(tmp_path))
+    assert average(plain, model) == average(callback, model)
+
+
 def test_updates_every_n_steps() -> None:
     model = ToyModel()
     callback = EMACallback(model, decay=0.5, update_every=3)

@@ -36,7 +36,7 @@ class ConvHead(nn.Module):
         num_visual_taps: tapped layers; the published head reads one, the last.
         num_text_taps: not read.
 
-    Example:
+    Examples:
         >>> config = RewardHeadConfig(kind="conv", width=64)
         >>> head = ConvHead(config, FeatureSizes(hidden=64, temb=64), num_visual_taps=1, num_text_taps=0)
         >>> scores = head(features)  # (rows,) float32; features.grid says which shape the image has

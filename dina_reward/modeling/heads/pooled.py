@@ -21,7 +21,7 @@ class PooledHead(nn.Module):
         sizes: channel counts of the features; with a tuple, ``hidden`` has one entry per visual tap.
         num_visual_taps, num_text_taps: tapped layers per modality.
 
-    Example:
+    Examples:
         >>> config = RewardHeadConfig(kind="pooled", width=128)
         >>> head = PooledHead(config, FeatureSizes(hidden=64, temb=64), num_visual_taps=4, num_text_taps=0)
         >>> scores = head(features)  # (rows,) float32

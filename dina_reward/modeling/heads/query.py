@@ -113,7 +113,7 @@ class RewardHead(nn.Module):
         sizes: channel counts of the features; with a tuple, ``hidden`` has one entry per visual tap.
         num_visual_taps, num_text_taps: tapped layers per modality.
 
-    Example:
+    Examples:
         >>> head = RewardHead(RewardHeadConfig(), FeatureSizes(hidden=64, temb=64), num_visual_taps=3, num_text_taps=3)
         >>> scores = head(features)  # (rows,) float32
     """
