@@ -223,7 +223,7 @@ def _draw_accuracy(panel: Any, results: dict[str, Any]) -> None:
         values, errors = ([100 * evaluation[key][name] for name in names] for key in ("accuracy", "standard_error"))
         panel.bar(centres, values, 0.38, yerr=errors, capsize=2, color=COLOURS[kind])
     panel.axhline(50, color="0.3", linewidth=0.8, linestyle="--")
-    panel.set(title="held-out pairs right, by what differs (dashed: chance)", ylabel="%", ylim=(40, 102))
+    panel.set(title="held-out pairs right (dashed: chance)", ylabel="%", ylim=(40, 102))
     panel.set_xticks(range(len(names)), [name.replace("background", "back-\nground") for name in names], fontsize=9)
 
 

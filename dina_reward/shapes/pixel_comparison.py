@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dina_reward.alignment import DiffusionGRPOConfig, DiffusionGRPOTrainer
-from dina_reward.alignment.evaluation import HISTORY_NAME, EvaluationRecord, read_history
+from dina_reward.alignment import DiffusionGRPOTrainer
+from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
 from dina_reward.checkpoints.atomic import atomic_directory, atomic_file
 from dina_reward.evaluation import Accuracy, PairProtocol, measure_calibration, pairwise_accuracy
 from dina_reward.evaluation import score_pairs as score_latent_pairs
@@ -40,6 +40,7 @@ from dina_reward.shapes.build import CALIBRATION_PAIRS, CALIBRATION_POOL, CALIBR
 from dina_reward.shapes.pixel_reward import STEPS, PixelReward, calibrate_pixel_reward, score_pairs, train_pixel_reward
 from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs, build_pool, sample_pairs
 from dina_reward.shapes.prompts import ATTRIBUTES
+from dina_reward.shapes.reward import CLEAR_DIFFERENCE
 from dina_reward.shapes.shipped import load_pipeline, load_reward, weights_dir
 
 
@@ -112,7 +113,7 @@ def load_kind(kind: str, output: Path, pipeline: Any) -> Any:
 def evaluate_job(kind: str, output: Path, world: Path) -> None:
     """Accuracy by what differs and overall, calibration, cost and size of one reward, on pairs that are the same for both.
 
-    Accuracy is of the pairs whose gap is not negligible, calibration of all.
+    Accuracy is of the clear pairs, calibration of all.
 
     Args:
         kind: one of `KINDS`.
@@ -144,17 +145,18 @@ def evaluate_job(kind: str, output: Path, world: Path) -> None:
 
 
 def accuracy_by_cell(margins: Tensor, labels: Tensor, pairs: PreferencePairs) -> dict[str, Accuracy]:
-    """Accuracy overall and in each of `CELLS`, of the pairs whose gap is not negligible.
+    """Accuracy overall and in each of `CELLS`, of the pairs that `evaluate_reward` calls clear.
 
     Args:
         margins (`Tensor`): chosen minus rejected score, shape ``(len(pairs),)``.
         labels (`Tensor`): the labeller's probabilities, shape ``(len(pairs),)``.
         pairs: the pairs.
     """
-    clear = pairs.gap.abs() > NEGLIGIBLE_GAP
     differs = [pairs.differs(row) for row in range(len(pairs))]
-    rows = {OVERALL: clear}
-    rows |= {cell: clear & torch.tensor([name == cell for name in differs]) for cell in CELLS}
+    inside = {cell: torch.tensor([name == cell for name in differs]) for cell in CELLS}
+    difference = (pairs.cleanness[pairs.chosen] - pairs.cleanness[pairs.rejected]).abs()
+    clear = (pairs.gap.abs() > NEGLIGIBLE_GAP) | (inside["cleanness"] & (difference > CLEAR_DIFFERENCE))
+    rows = {OVERALL: clear, **{cell: clear & members for cell, members in inside.items()}}
     return {name: pairwise_accuracy(margins[kept], labels[kept]) for name, kept in rows.items()}
 
 
@@ -229,7 +231,7 @@ def align_job(kind: str, seed: int, output: Path, *, iterations: int) -> None:
     trainer.train()
     records = read_history(directory / HISTORY_NAME)
     history = [
-        {"step": record.step, **record.metrics, **_costs(record, config, kind, clock.seconds[record.step])}
+        {"step": record.step, **record.metrics, **record.costs, "train_cpu_seconds": clock.seconds[record.step]}
         for record in records
     ]
     lines = [line for line in trainer.state.log_history if "time/reward" in line]
@@ -254,56 +256,27 @@ def write_result(directory: Path, result: Mapping[str, Any]) -> None:
 
 
 class _Clock(TrainerCallback):
-    """Seconds of training at every evaluation, by the wall and of the CPU, without those that evaluations took."""
+    """CPU seconds of training at every evaluation, without those that evaluations took."""
 
     def __init__(self) -> None:
-        self.seconds: dict[int, dict[str, float]] = {}
-        self._begin = self._before = self._evaluating = (0.0, 0.0)
+        self.seconds: dict[int, float] = {}
+        self._begin = self._before = self._evaluating = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._begin = self._before = _now()
+        self._begin = self._before = time.process_time()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._before = _now()
+        self._before = time.process_time()
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trained = [
-            before - begin - evaluating
-            for before, begin, evaluating in zip(self._before, self._begin, self._evaluating, strict=True)
-        ]
-        self.seconds[state.global_step] = dict(zip(("train_seconds", "train_cpu_seconds"), trained, strict=True))
-        wall, cpu = (
-            now - before + evaluating
-            for now, before, evaluating in zip(_now(), self._before, self._evaluating, strict=True)
-        )
-        self._evaluating = (wall, cpu)
-
-
-def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def _costs(
-    record: EvaluationRecord, config: DiffusionGRPOConfig, kind: str, seconds: Mapping[str, float]
-) -> dict[str, float]:
-    """Seconds and calls, in samples, that training had spent at an evaluation: the trainer's own count if it has one."""
-    counted = getattr(record, "costs", None)
-    if counted:
-        return {**seconds, **counted}
-    assert config.sde_window_size is not None
-    samples = config.per_device_train_batch_size * record.step
-    return {
-        **seconds,
-        "denoiser_calls": samples * (config.num_inference_steps + config.sde_window_size),
-        "reward_calls": samples,
-        "decoder_calls": samples if kind == "pixel" else 0,
-    }
+        self.seconds[state.global_step] = self._before - self._begin - self._evaluating
+        self._evaluating += time.process_time() - self._before
 
 
 def _margins(reward: Any, pairs: PreferencePairs, pipeline: Any, levels: Sequence[float]) -> Tensor:

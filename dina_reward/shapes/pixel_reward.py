@@ -35,7 +35,7 @@ from dina_reward.training.ema import EMACallback
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 NORM_GROUPS = 8
 STEPS = 3000
-"""Optimizer steps, as many as `train_reward` takes by default."""
+"""Optimizer steps, as many as the latent reward gets."""
 
 FIXED_VARIANCE = 0.05
 """Variance of a score in training: that of the latent reward's likelihood at noise level 0."""
@@ -56,7 +56,7 @@ class PixelRewardConfig:
 
     text_channels: int
     image_size: int = IMAGE_SIZE
-    widths: tuple[int, ...] = (32, 64, 144)
+    widths: tuple[int, ...] = (32, 64, 152)
     blocks: tuple[int, ...] = (3, 3)
     text_size: int = 128
     variance_offset: float = FIXED_VARIANCE

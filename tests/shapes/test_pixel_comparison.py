@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dina_reward.alignment.evaluation import EvaluationRecord
 from dina_reward.shapes import load_reward, pixel_comparison
-from dina_reward.shapes.alignment import alignment_config
 from dina_reward.shapes.pixel_comparison import CELLS, accuracy_by_cell, measure_cost, parameters_of
 from dina_reward.shapes.pixel_reward import PixelReward
 from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs, build_pool, sample_pairs
+from dina_reward.shapes.reward import CLEAR_DIFFERENCE
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,12 @@ def test_accuracy_is_of_clear_pairs_and_by_what_differs(pairs: PreferencePairs) 
     assert {name: each.value for name, each in found.items() if name != "overall"} == {
         name: float(name != "shape") for name in CELLS
     }
-    clear = [record for record in pairs if abs(record["gap"]) > NEGLIGIBLE_GAP]
+    apart = (pairs.cleanness[pairs.chosen] - pairs.cleanness[pairs.rejected]).abs().tolist()
+    clear = [
+        record
+        for record, difference in zip(pairs, apart, strict=True)
+        if abs(record["gap"]) > NEGLIGIBLE_GAP or (record["differs"] == "cleanness" and difference > CLEAR_DIFFERENCE)
+    ]
     shapes = sum(record["differs"] == "shape" for record in clear)
     assert 5 < shapes < len(clear) < len(pairs)
     assert found["overall"].counted == len(clear)
@@ -52,30 +56,20 @@ def test_cost_of_a_score_includes_the_decoder_for_a_pixel_reward_alone(
     assert parameters_of(pixel) == dict.fromkeys(("parameters", "trained_parameters"), pixel.num_parameters)
 
 
-def test_calls_are_counted_by_samples(tmp_path: Path) -> None:
-    config = alignment_config(
-        tmp_path, per_device_train_batch_size=24, num_inference_steps=10, sde_window_size=3, iterations=4
-    )
-    record, seconds = EvaluationRecord(step=6, metrics={}), {"train_seconds": 12.5}
-    spent = pixel_comparison._costs(record, config, "pixel", seconds)
-    assert spent == {"train_seconds": 12.5, "denoiser_calls": 144 * 13, "reward_calls": 144, "decoder_calls": 144}
-    assert pixel_comparison._costs(record, config, "latent", seconds)["decoder_calls"] == 0
-
-
 def test_the_clock_stands_still_in_evaluations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    times = iter([(100, 10), (105, 13), (120, 20), (130, 25), (140, 30), (150, 40)])
-    monkeypatch.setattr(pixel_comparison, "_now", lambda: next(times))
     clock, state, control = pixel_comparison._Clock(), TrainerState(), TrainerControl()
     event = (TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), state, control)
+    times = iter([100, 105, 120, 130, 140, 150])
+    monkeypatch.setattr(pixel_comparison.time, "process_time", lambda: next(times))
     clock.on_train_begin(*event)
-    clock.on_evaluate(*event)  # takes 5 seconds, 3 of them of the CPU
+    clock.on_evaluate(*event)  # takes 5
     state.global_step = 4
-    clock.on_step_end(*event)  # after 15 and 7 of training
-    clock.on_evaluate(*event)
+    clock.on_step_end(*event)  # after 15 of training
+    clock.on_evaluate(*event)  # takes 10
     state.global_step = 8
-    clock.on_step_end(*event)  # after 10 and 5 more
+    clock.on_step_end(*event)  # after 10 more
     clock.on_evaluate(*event)
-    assert [tuple(seconds.values()) for seconds in clock.seconds.values()] == [(0, 0), (15, 7), (25, 12)]
+    assert clock.seconds == {0: 0, 4: 15, 8: 25}
 
 
 def test_unknown_rewards_are_refused(shapes_pipeline: Any, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from dina_reward.reward_functions import takes_images
 from dina_reward.shapes import pixel_reward
 from dina_reward.shapes.autoencoder import decode_latents, encode_images
 from dina_reward.shapes.pixel_reward import (
-    STEPS,
     PixelReward,
     PixelRewardConfig,
     calibrate_pixel_reward,
@@ -126,7 +125,7 @@ def test_it_is_about_as_large_as_the_latent_reward(shapes_pipeline: Any) -> None
 
     latent = load_reward(pipeline=shapes_pipeline, share_backbone=True)
     size = sum(parameter.numel() for parameter in latent.model.parameters())
-    assert PixelReward.new(shapes_pipeline).num_parameters == pytest.approx(size, rel=0.15)
+    assert PixelReward.new(shapes_pipeline).num_parameters == pytest.approx(size, rel=0.1)
 
 
 def test_wrong_inputs_are_refused(reward: PixelReward, images: torch.Tensor) -> None:
@@ -174,4 +173,3 @@ def test_the_budget_is_that_of_the_latent_reward() -> None:
     latent, pixel = (inspect.signature(function).parameters for function in (train_reward, train_pixel_reward))
     for name in ("steps", "batch_size"):  # each learns at the rate that suits it
         assert pixel[name].default == latent[name].default
-    assert pixel["steps"].default == STEPS
