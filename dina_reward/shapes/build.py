@@ -62,6 +62,11 @@ ALIGNED_COUNTS = {"train": 1024, "held_out": 256}
 FURTHER_STEPS, FURTHER_LEARNING_RATE = {"flow": 1500, "ddpm": 0}, 1e-3
 """A second, shorter run of the schedule: the transformer takes long to tell outlines apart."""
 
+ALIKE_STEPS, ALIKE_WEIGHT = {"flow": 1500, "ddpm": 0}, 12
+ALIKE_KINDS = {"any": 0.2, "attribute": 0.65, "cleanness": 0.15}
+"""A third one, on pairs drawn anew from the same latents, more of them with one difference, and circles beside squares so
+much more often: until then the transformer tells every two outlines apart but these, where it is right half of the time."""
+
 CALIBRATION_SEED, CALIBRATION_POOL, CALIBRATION_PAIRS = 777, 256, 4000
 """Pairs that the variance of a trained reward's likelihood is fitted to: other latents, captions of the training split."""
 
@@ -150,6 +155,16 @@ def build_reward(world: World, output: Path, seed: int = 0) -> None:
             learning_rate=FURTHER_LEARNING_RATE,
             start=runs / "averaged",
             seed=seed + 1,
+        )
+    if steps := ALIKE_STEPS[world.name]:
+        pool, count = pairs["train"].pool, PAIR_COUNTS["train"]
+        alike = sample_pairs(pool, "train", count, seed + 2, kinds=ALIKE_KINDS, alike_weight=ALIKE_WEIGHT)
+        reward = train_reward(
+            *(pipeline, alike, runs / "alike"),
+            steps=steps,
+            learning_rate=FURTHER_LEARNING_RATE,
+            start=runs / "further" / "averaged",
+            seed=seed + 2,
         )
     fresh_seed = seed + CALIBRATION_SEED
     aligned = load_file(output / f"{world.name}-aligned" / "train.safetensors")["latents"]

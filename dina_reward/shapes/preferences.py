@@ -49,12 +49,16 @@ two that show the same scene and differ in cleanness alone."""
 ATTRIBUTE_WEIGHTS = {"size": 1, "color": 2, "shape": 4, "background": 1}
 """How often pairs differ in which attribute: the more often, the harder it is to see. Outlines take a reward longest."""
 
+ALIKE = {"circle", "square"}
+"""Two values that are hard to tell apart: a circle and a square of one size cover nearly the same area and differ in the
+corners alone. Drawn no more often than other pairs, this one stays a coin flip long after the others are told apart."""
+
 SAME_SOURCE = 0.5
 """Chance that the two latents of a pair that is not `any` are of one source."""
 
 
 _ATTRIBUTE_WEIGHTS = [ATTRIBUTE_WEIGHTS[name] for name in ATTRIBUTES]
-_NUM_VALUES = [len(values) for values in ATTRIBUTES.values()]
+_VALUES = list(ATTRIBUTES.values())
 
 
 class PreferenceRecord(TypedDict):
@@ -63,7 +67,8 @@ class PreferenceRecord(TypedDict):
     `chosen` and `rejected` are scaled latents of shape (8, 8, 8); `p_chosen` is the probability with which the
     labeller prefers `chosen`, below one half where the label is an error; `gap` is the quality of `chosen` minus that
     of `rejected`; `kind` names the sources of the two, for example "sde-render"; `differs` says where the two differ in
-    what the caption asks for: one attribute, "several", or, where both are right in the same, "cleanness".
+    what the caption asks for: one attribute, "several", or, where both are right in the same, "cleanness"; `outlines` names
+    the two outlines where they are all that differs, as in "circle, square", and is "alike" elsewhere.
     """
 
     prompt: str
@@ -73,6 +78,7 @@ class PreferenceRecord(TypedDict):
     gap: float
     kind: str
     differs: str
+    outlines: str
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class PreferencePairs:
             gap=float(self.gap[index]),
             kind="-".join(SOURCES[source] for source in self.source[[chosen, rejected]].tolist()),
             differs=self.differs(index),
+            outlines=self.outlines(index),
         )
 
     def differs(self, index: int) -> str:
@@ -144,8 +151,21 @@ class PreferencePairs:
         names = [name for name, differ in zip(ATTRIBUTES, (chosen != rejected).tolist(), strict=True) if differ]
         return "cleanness" if not names else names[0] if len(names) == 1 else "several"
 
+    def outlines(self, index: int) -> str:
+        """The two outlines of a pair that differs in nothing else, see `PreferenceRecord`."""
+        if self.differs(index) != "shape":
+            return "alike"
+        place = list(ATTRIBUTES).index("shape")
+        shown = sorted(int(self.indices[int(side[index]), place]) for side in (self.chosen, self.rejected))
+        return ", ".join(ATTRIBUTES["shape"][value] for value in shown)
+
     def __iter__(self) -> Iterator[PreferenceRecord]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def pool(self) -> LatentPool:
+        """The latents that the pairs were drawn from, to draw others."""
+        return LatentPool(self.latents, self.indices, self.cleanness, self.source)
 
     def save(self, path: str | Path) -> None:
         """Write all tensors to one safetensors file."""
@@ -197,7 +217,12 @@ def build_pool(pipeline: Any, split: str, count: int, seed: int, aligned: Tensor
 
 
 def sample_pairs(
-    pool: LatentPool, split: str, count: int, seed: int, kinds: Mapping[str, float] = MappingProxyType(PAIR_WEIGHTS)
+    pool: LatentPool,
+    split: str,
+    count: int,
+    seed: int,
+    kinds: Mapping[str, float] = MappingProxyType(PAIR_WEIGHTS),
+    alike_weight: float = 1.0,
 ) -> PreferencePairs:
     """Draw captions of a split and two latents for each, and let the noisy labeller choose.
 
@@ -207,10 +232,11 @@ def sample_pairs(
         count (int): number of pairs.
         seed (int): seeds every draw.
         kinds (Mapping[str, float]): weights of the kinds of pairs, see `PAIR_WEIGHTS`.
+        alike_weight (float): how much more often two outlines that look `ALIKE` make a pair than two others do.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     captions = sample_scenes(count, split, seed=seed)
-    buckets = _Buckets(pool)
+    buckets = _Buckets(pool, alike_weight)
     drawn = rng.choices(list(kinds), list(kinds.values()), k=count)
     first, second = torch.tensor(
         [buckets.draw_two(scene, kind, rng) for scene, kind in zip(captions, drawn, strict=True)]
@@ -233,7 +259,8 @@ def sample_pairs(
 class _Buckets:
     """The rows of a pool by source and by the scene that the oracle reads."""
 
-    def __init__(self, pool: LatentPool) -> None:
+    def __init__(self, pool: LatentPool, alike_weight: float) -> None:
+        self._alike_weight = alike_weight
         self._indices = [tuple(row) for row in pool.indices.tolist()]
         self._source = [SOURCES[source] for source in pool.source.tolist()]
         self._rows: dict[tuple[str, tuple[int, ...]], list[int]] = {}
@@ -275,10 +302,16 @@ class _Buckets:
             right = scene.indices[changed]
             if shown[changed] != right:
                 return None
-            shown[changed] = rng.choice([value for value in range(_NUM_VALUES[changed]) if value != right])
+            others = [value for value in range(len(_VALUES[changed])) if value != right]
+            shown[changed] = rng.choices(others, [self._counterpart(changed, right, value) for value in others])[0]
         source = self._source[first] if rng.random() < SAME_SOURCE else self._draw_source(rng)
         rows = self._rows.get((source, tuple(shown)))
         return rng.choice(rows) if rows else None
+
+    def _counterpart(self, attribute: int, right: int, wrong: int) -> float:
+        """How often a wrong value is drawn beside the right one, against 1 for values that are easily told apart."""
+        values = _VALUES[attribute]
+        return self._alike_weight if {values[right], values[wrong]} == ALIKE else 1.0
 
 
 def _count_matches(first: tuple[int, ...], second: tuple[int, ...]) -> int:

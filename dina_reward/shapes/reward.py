@@ -38,6 +38,9 @@ FEED_FORWARD = ("net.0.proj", "net.2")
 CLEAR_DIFFERENCE = 0.1
 """Pairs of equal fit count in accuracies from this difference in cleanness on."""
 
+COLUMNS = ("differs", "outlines")
+"""What accuracy is broken down by: an average over outlines can still hide a coin flip, as between circles and squares."""
+
 PROTOCOL = PairProtocol(
     noise_levels=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), ensemble_levels=(0.2, 0.4, 0.6)
 )
@@ -116,17 +119,17 @@ def train_reward(
 
 
 def evaluate_reward(reward: LatentReward, pairs: PreferencePairs) -> EvaluationReport:
-    """Accuracy by noise level, in all and by what differs, on clear pairs; calibration on all of them.
+    """Accuracy by noise level, in all, by what differs and by the two outlines, on clear pairs; calibration on all of them.
 
     A pair is clear if its qualities differ by more than `NEGLIGIBLE_GAP`, or if it differs in cleanness alone, by more
     than `CLEAR_DIFFERENCE`.
     """
-    scores = score_pairs(reward, pairs, PROTOCOL, columns=("differs",), batch_size=256)
+    scores = score_pairs(reward, pairs, PROTOCOL, columns=COLUMNS, batch_size=256)
     clear = pairs.gap.abs() > NEGLIGIBLE_GAP
     alike = torch.tensor([what == "cleanness" for what in scores.columns["differs"]])
     difference = (pairs.cleanness[pairs.chosen] - pairs.cleanness[pairs.rejected]).abs()
     clear |= alike & (difference > CLEAR_DIFFERENCE)
-    report = report_from_scores(scores.select(clear), by="differs")
+    report = report_from_scores(scores.select(clear), by=COLUMNS)
     return replace(report, calibration=report_from_scores(scores).calibration)
 
 

@@ -115,6 +115,33 @@ def test_what_differs_is_named_by_the_caption_not_by_the_images(pairs):
         assert pairs[index]["differs"] == ("cleanness" if not wrong else wrong[0] if len(wrong) == 1 else "several")
 
 
+def test_outlines_are_named_where_nothing_else_differs(pool, pairs):
+    place = list(ATTRIBUTES).index("shape")
+    for index in range(200):
+        shown = [ATTRIBUTES["shape"][int(pool.indices[side[index], place])] for side in (pairs.chosen, pairs.rejected)]
+        record = pairs[index]
+        if record["differs"] == "shape":
+            assert record["outlines"].split(", ") == sorted(shown, key=ATTRIBUTES["shape"].index)
+        else:
+            assert record["outlines"] == "alike"
+
+
+def test_circles_meet_squares_as_often_as_told(pool):
+    def share(alike_weight: float) -> float:
+        pairs = sample_pairs(pool, "held_out", 1500, seed=2, kinds={"attribute": 1.0}, alike_weight=alike_weight)
+        outlines = Counter(record["outlines"] for record in pairs)
+        return outlines["circle, square"] / (len(pairs) - outlines["alike"])
+
+    # One of three wrong outlines for half of the right ones; with weight 12, twelve of fourteen where the pool has them.
+    assert share(1.0) == pytest.approx(1 / 6, abs=0.06)
+    assert share(12.0) == pytest.approx(0.5 * 12 / 14, abs=0.12)
+
+
+def test_pairs_give_their_pool_back(pool, pairs):
+    again = sample_pairs(pairs.pool, "held_out", count=3000, seed=0)
+    assert all(torch.equal(value, vars(again)[name]) for name, value in vars(pairs).items())
+
+
 def test_pairs_are_seeded(pool, pairs):
     again, other = (sample_pairs(pool, "held_out", count=3000, seed=seed) for seed in (0, 1))
     assert torch.equal(again.chosen, pairs.chosen)
