@@ -69,7 +69,7 @@ ENTRIES = {
         "black",
         ":",
         overrides={
-            "reward_funcs": "dina_reward.alignment.null_reward.null_reward",
+            "reward_funcs": "dina_reward.alignment.null_reward",
             # The latent reward is logged and trains nothing.
             "reward_weights": (0, 1),
             "share_noise_within_group": "false",

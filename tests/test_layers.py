@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -30,6 +30,16 @@ LAYERS = (
     {"cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+ALIGNMENT = (
+    {"sampling", "objectives"},
+    {"config"},
+    {"costs", "policy_weights"},
+    {"policy"},
+    {"experience"},
+    {"monitoring"},
+    {"trainers"},
+)
+ALIGNMENT_RANK = {name: rank for rank, names in enumerate(ALIGNMENT) for name in names}
 MAX_TOP_LEVEL_FILES = 8
 
 
@@ -54,15 +64,29 @@ def imports(name: str) -> Iterator[str]:
                 yield from ({f"{origin}.{alias.name}", origin} & MODULES.keys() - {PACKAGE.name, name})
 
 
-def layer(name: str) -> str:
-    return name.split(".")[1]
+def inside(package: str) -> list[str]:
+    return [name for name in MODULES if name.startswith(f"{package}.")]
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != PACKAGE.name])
+def check_flow(package: str, name: str, rank: Mapping[str, int]) -> None:
+    """That a module of a package imports from its own part of it or from lower ones."""
+
+    def part(module: str) -> str:
+        return module.removeprefix(f"{package}.").split(".")[0]
+
+    assert part(name) in rank, f"{part(name)} has no place among the layers of {package} yet"
+    others = {part(other) for other in imports(name) if other.startswith(f"{package}.")} - {part(name)}
+    assert not {other for other in others if rank[other] >= rank[part(name)]}
+
+
+@pytest.mark.parametrize("name", inside(PACKAGE.name))
 def test_nothing_imports_upwards_or_sideways(name: str) -> None:
-    assert layer(name) in RANK, f"{layer(name)} has no place in LAYERS yet"
-    others = {layer(other) for other in imports(name)} - {layer(name)}
-    assert not {other for other in others if RANK[other] >= RANK[layer(name)]}
+    check_flow(PACKAGE.name, name, RANK)
+
+
+@pytest.mark.parametrize("name", inside("dina_reward.alignment"))
+def test_nothing_in_alignment_imports_upwards_or_sideways(name: str) -> None:
+    check_flow("dina_reward.alignment", name, ALIGNMENT_RANK)
 
 
 def test_no_circles() -> None:

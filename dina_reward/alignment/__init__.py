@@ -1,7 +1,7 @@
-"""Alignment of generators with rewards on their latents: samplers with log-probabilities, experience, objectives, trainers.
+"""Alignment of generators with rewards on their latents: sampling, experience, objectives, monitoring, trainers.
 
 No reward is defined or trained here, and training never decodes unless a reward asks for images. Begin at
-`base.AlignmentTrainer`, then `trainer.DiffusionGRPOTrainer`.
+`trainers.base.AlignmentTrainer`, then `trainers.grpo.DiffusionGRPOTrainer`.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ from dina_reward.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
-    from dina_reward.alignment.backprop import RewardBackpropConfig, RewardBackpropTrainer
-    from dina_reward.alignment.base import AlignmentTrainer
     from dina_reward.alignment.config import AlignmentConfig
-    from dina_reward.alignment.grpo_config import DDPOConfig, DiffusionGRPOConfig
-    from dina_reward.alignment.hacking import RewardHackingCallback
-    from dina_reward.alignment.nft import DiffusionNFTConfig, DiffusionNFTTrainer
-    from dina_reward.alignment.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-    from dina_reward.alignment.trainer import DDPOTrainer, DiffusionGRPOTrainer
+    from dina_reward.alignment.experience.null_reward import null_reward
+    from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
+    from dina_reward.alignment.trainers.backprop import RewardBackpropConfig, RewardBackpropTrainer
+    from dina_reward.alignment.trainers.base import AlignmentTrainer
+    from dina_reward.alignment.trainers.grpo import DDPOTrainer, DiffusionGRPOTrainer
+    from dina_reward.alignment.trainers.grpo_config import DDPOConfig, DiffusionGRPOConfig
+    from dina_reward.alignment.trainers.nft import DiffusionNFTConfig, DiffusionNFTTrainer
+    from dina_reward.alignment.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
     from dina_reward.reward_functions import optional_reward
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-        "base": ("AlignmentTrainer",),
         "config": ("AlignmentConfig",),
-        "grpo_config": ("DDPOConfig", "DiffusionGRPOConfig"),
-        "hacking": ("RewardHackingCallback",),
-        "nft": ("DiffusionNFTConfig", "DiffusionNFTTrainer"),
-        "online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
+        "experience.null_reward": ("null_reward",),
+        "monitoring.hacking": ("RewardHackingCallback",),
         ".reward_functions": ("optional_reward",),
-        "trainer": ("DDPOTrainer", "DiffusionGRPOTrainer"),
+        "trainers.backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
+        "trainers.base": ("AlignmentTrainer",),
+        "trainers.grpo": ("DDPOTrainer", "DiffusionGRPOTrainer"),
+        "trainers.grpo_config": ("DDPOConfig", "DiffusionGRPOConfig"),
+        "trainers.nft": ("DiffusionNFTConfig", "DiffusionNFTTrainer"),
+        "trainers.online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
     },
 )

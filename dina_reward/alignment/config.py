@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from dina_reward.alignment.advantages import Aggregation, ScaleRewards
-from dina_reward.alignment.prompts import BatchGeometry
+from dina_reward.alignment.objectives.advantages import Aggregation, ScaleRewards
+from dina_reward.alignment.sampling.prompts import BatchGeometry
 
 
 @dataclass

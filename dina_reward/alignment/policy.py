@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dina_reward.alignment.costs import CallCounter
 from dina_reward.alignment.policy_weights import LORA_WEIGHTS_NAME as LORA_WEIGHTS_NAME
 from dina_reward.alignment.policy_weights import load_full, load_lora, save_full, save_lora
-from dina_reward.alignment.rollout import PredictFunction
-from dina_reward.alignment.samplers import Sampler, build_sampler
-from dina_reward.alignment.steps import SDEType
+from dina_reward.alignment.sampling.rollout import PredictFunction
+from dina_reward.alignment.sampling.samplers import Sampler, build_sampler
+from dina_reward.alignment.sampling.steps import SDEType
 from dina_reward.backbones.quantization import is_quantized, quantize_blocks
 from dina_reward.backbones.wrappers import check_lora_targets, check_separate_projections, unwrap
 from dina_reward.families import Conditioning, ModelFamily, family_of

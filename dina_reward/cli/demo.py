@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dina_reward.alignment.evaluation import EvaluationRecord
-from dina_reward.alignment.pictures import grid_tiles
+from dina_reward.alignment.monitoring.evaluation import EvaluationRecord
+from dina_reward.alignment.monitoring.pictures import grid_tiles
 from dina_reward.cli.console import print_table
 from dina_reward.shapes.alignment import (
     EVALUATION_IMAGES,

@@ -26,7 +26,7 @@ from dina_reward.alignment import (
     DiffusionNFTConfig,
     DiffusionNFTTrainer,
 )
-from dina_reward.alignment.evaluation import HISTORY_NAME, EvaluationRecord, read_history
+from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, EvaluationRecord, read_history
 from dina_reward.reward import LatentReward
 from dina_reward.shapes.oracle import Oracle
 from dina_reward.shapes.prompts import all_scenes, sample_prompts

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dina_reward.alignment import DiffusionGRPOTrainer
-from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
+from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
 from dina_reward.checkpoints.atomic import atomic_directory, atomic_file
 from dina_reward.evaluation import Accuracy, PairProtocol, measure_calibration, pairwise_accuracy
 from dina_reward.evaluation import score_pairs as score_latent_pairs

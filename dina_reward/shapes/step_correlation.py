@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_reward.alignment.credit import gains_to_go
-from dina_reward.alignment.grpo_config import DiffusionGRPOConfig
+from dina_reward.alignment.objectives.credit import gains_to_go
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.rollout import PredictFunction, sample
-from dina_reward.alignment.samplers import Sampler
-from dina_reward.alignment.seeding import generator_from
+from dina_reward.alignment.sampling.rollout import PredictFunction, sample
+from dina_reward.alignment.sampling.samplers import Sampler
+from dina_reward.alignment.sampling.seeding import generator_from
+from dina_reward.alignment.trainers.grpo_config import DiffusionGRPOConfig
 from dina_reward.checkpoints.atomic import atomic_file
 from dina_reward.reward import LatentReward
 from dina_reward.shapes.alignment import alignment_config, held_out_prompts

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dina_reward.alignment.costs import CallCounter
-from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
+from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
 from tests.alignment.helpers import algorithm_trainer, closeness, logged, tiny_trainer
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dina_reward.alignment.advantages import compute_advantages
+from dina_reward.alignment.objectives.advantages import compute_advantages
 from dina_reward.noise.draws import fold_seed
 from dina_reward.shapes import load_pipeline, load_reward, sample_latents, sample_prompts
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dina_reward.alignment.evaluation import read_history
+from dina_reward.alignment.monitoring.evaluation import read_history
 from dina_reward.cli.app import app
 from dina_reward.cli.demo import shown_prompts
 from dina_reward.shapes.alignment import held_out_prompts

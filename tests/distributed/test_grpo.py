@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
+from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
 from tests.alignment.helpers import lora_tensors, tiny_trainer
 from tests.distributed.grpo_worker import run
 from tests.distributed.launch import launch_two_processes

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dina_reward import LatentReward
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.rollout import sample
+from dina_reward.alignment.sampling.rollout import sample
 from dina_reward.families import RewardDefaults, family_of, get_family
 from dina_reward.families.flux2 import normalize_latents, position_ids
 from tests.families.row import PROMPTS, Setup

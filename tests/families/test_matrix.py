@@ -13,7 +13,7 @@ from torch import Tensor
 from dina_reward import LatentReward
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.policy_weights import save_lora
-from dina_reward.alignment.rollout import sample
+from dina_reward.alignment.sampling.rollout import sample
 from dina_reward.families import families, family_of, get_family
 from dina_reward.likelihood import PreferenceLoss, ThurstoneModel
 from tests.families.row import PROMPTS, Row, Setup

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dina_reward import LatentReward
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.rollout import sample
+from dina_reward.alignment.sampling.rollout import sample
 from dina_reward.families import Conditioning, get_family
 from tests.families.row import Setup
 from tests.families.rows.sana import ROW, tiny_sana_pipeline

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.rollout import sample
+from dina_reward.alignment.sampling.rollout import sample
 from dina_reward.families import Conditioning, family_of, get_family
 from dina_reward.families.stable_diffusion_xl import size_ids
 from tests.families.rows.stable_diffusion_xl import tiny_sdxl_pipeline

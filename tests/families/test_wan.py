@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dina_reward import LatentReward
 from dina_reward.alignment import DiffusionGRPOConfig, DiffusionGRPOTrainer
-from dina_reward.alignment.pictures import still_images
+from dina_reward.alignment.experience.images import still_images
 from dina_reward.alignment.policy import Policy
-from dina_reward.alignment.rollout import sample
+from dina_reward.alignment.sampling.rollout import sample
 from dina_reward.families import get_family
 from tests.alignment.helpers import logged, tiny_config
 from tests.families.row import Setup

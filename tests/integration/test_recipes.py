@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dina_reward.alignment import DiffusionGRPOConfig, DiffusionNFTConfig
-from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
+from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
 from dina_reward.recipes.configs import RecipeConfig, check_config, configs_of, parse_config
 from dina_reward.shapes.alignment import alignment_config, nft_config
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dina_reward.alignment import DiffusionGRPOTrainer
-from dina_reward.alignment.evaluation import HISTORY_NAME, read_history
+from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
 from dina_reward.shapes import Oracle, load_pipeline, load_reward
 from dina_reward.shapes.alignment import alignment_config, held_out_prompts, training_prompts
 from dina_reward.shapes.reward import new_reward

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dina_reward.alignment.rewards import RewardSet
+from dina_reward.alignment.experience.rewards import RewardSet
 from dina_reward.likelihood import ThurstoneModel
 from dina_reward.reward_functions import takes_images
 from dina_reward.shapes import pixel_reward
