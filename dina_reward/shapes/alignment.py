@@ -35,7 +35,7 @@ from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 from dina_reward.shapes.worlds import World, get_world
 
 
-ITERATIONS = 45
+ITERATIONS = 60
 EVALUATION_PROMPTS = 144
 EVALUATION_IMAGES = 36
 OPTIMIZER_STEPS_PER_ITERATION = 2
@@ -43,8 +43,8 @@ _EVALUATION_SEED = 1
 
 NFT: Mapping[str, Any] = MappingProxyType(
     {
-        "num_inference_steps": 10,
-        "learning_rate": 2e-3,
+        "num_inference_steps": 6,
+        "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "num_train_timesteps": 4,
         "nft_beta": 1.0,
@@ -100,7 +100,7 @@ def alignment_config(
     *,
     world: str = "flow",
     iterations: int = ITERATIONS,
-    evaluate_every: int = 10,
+    evaluate_every: int = 15,
     seed: int = 0,
     **overrides: Any,
 ) -> DiffusionGRPOConfig:
@@ -122,7 +122,7 @@ def nft_config(
     output_dir: str | Path,
     *,
     iterations: int = ITERATIONS,
-    evaluate_every: int = 10,
+    evaluate_every: int = 15,
     seed: int = 0,
     **overrides: Any,
 ) -> DiffusionNFTConfig:

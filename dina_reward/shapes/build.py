@@ -23,7 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +35,12 @@ from safetensors.torch import load_file, save_file
 from dina_reward.checkpoints.atomic import atomic_directory, atomic_file
 from dina_reward.evaluation import calibrate_variance
 from dina_reward.families import family_of
+from dina_reward.reward import LatentReward
 
 from .attack import attack_reward
 from .autoencoder import reconstruction_psnr, train_autoencoder
 from .evaluation import evaluate_pipeline
-from .preferences import PreferencePairs, build_pool, sample_pairs
+from .preferences import PAIR_WEIGHTS, PreferencePairs, build_pool, sample_pairs
 from .prompts import sample_scenes
 from .renderer import render
 from .reward import evaluate_reward, train_reward
@@ -59,13 +61,38 @@ PROVISIONAL_STEPS, PROVISIONAL_POOL, PROVISIONAL_PAIRS = 800, 1024, 40000
 ALIGNED_COUNTS = {"train": 1024, "held_out": 256}
 """Samples of aligned generators that each round gives."""
 
-FURTHER_STEPS, FURTHER_LEARNING_RATE = {"flow": 1500, "ddpm": 0}, 1e-3
-"""A second, shorter run of the schedule: the transformer takes long to tell outlines apart."""
+HARD_KINDS = {"any": 0.2, "attribute": 0.65, "cleanness": 0.15}
+"""Share of the kinds of pairs where outlines are what is left to learn, see `PAIR_WEIGHTS`."""
 
-ALIKE_STEPS, ALIKE_WEIGHT = {"flow": 1500, "ddpm": 0}, 12
-ALIKE_KINDS = {"any": 0.2, "attribute": 0.65, "cleanness": 0.15}
-"""A third one, on pairs drawn anew from the same latents, more of them with one difference, and circles beside squares so
-much more often: until then the transformer tells every two outlines apart but these, where it is right half of the time."""
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of the learning-rate schedule of a reward, from where the phase before it ended.
+
+    Args:
+        steps: optimizer steps.
+        learning_rate: the highest.
+        kinds, alike_weight: how its pairs are drawn from the training latents, see `sample_pairs`.
+    """
+
+    steps: int = 3000
+    learning_rate: float = 2e-3
+    kinds: Mapping[str, float] = field(default_factory=lambda: PAIR_WEIGHTS)
+    alike_weight: float = 1.0
+
+
+PHASES = {
+    "flow": (
+        Phase(),
+        Phase(steps=1500, learning_rate=1e-3),
+        Phase(steps=1500, learning_rate=1e-3, kinds=HARD_KINDS, alike_weight=12),
+        Phase(steps=1000, learning_rate=1e-3, kinds=HARD_KINDS, alike_weight=2),
+        Phase(steps=1400, learning_rate=1e-3, kinds=HARD_KINDS, alike_weight=2),
+    ),
+    "ddpm": (Phase(),),
+}
+"""Training of each reward. After two phases the transformer tells every two outlines apart but circles and squares, where it
+is right half of the time; the third is mostly about these, at the cost of others, and the last two bring those back."""
 
 CALIBRATION_SEED, CALIBRATION_POOL, CALIBRATION_PAIRS = 777, 256, 4000
 """Pairs that the variance of a trained reward's likelihood is fitted to: other latents, captions of the training split."""
@@ -141,31 +168,36 @@ def build_preferences(world: World, output: Path, seed: int = 0) -> None:
             print(f"{split}: {len(pairs)} pairs, {100 * errors:.1f} % of the labels are errors")
 
 
+def train_in_phases(
+    pipeline: DiffusionPipeline, pairs: PreferencePairs, phases: Sequence[Phase], runs: Path, seed: int = 0
+) -> LatentReward:
+    """Train a reward phase by phase; those that are complete in `runs` are kept."""
+    reward, start = None, None
+    for number, phase in enumerate(phases):
+        drawn = pairs
+        if phase.kinds != PAIR_WEIGHTS or phase.alike_weight != 1:
+            drawn = sample_pairs(pairs.pool, "train", len(pairs), seed + number, phase.kinds, phase.alike_weight)
+        reward = train_reward(
+            *(pipeline, drawn, runs / f"phase-{number}"),
+            steps=phase.steps,
+            learning_rate=phase.learning_rate,
+            start=start,
+            seed=seed + number,
+        )
+        start = runs / f"phase-{number}" / "averaged"
+    if reward is None:
+        raise ValueError("got no phases; expected one or more.")
+    return reward
+
+
 def build_reward(world: World, output: Path, seed: int = 0) -> None:
     """Train a latent reward on the preferences, calibrate it on fresh pairs, print its held-out accuracy and write it."""
     pipeline = DiffusionPipeline.from_pretrained(output / world.name)
     preferences = output / f"{world.name}-preferences"
     pairs = {split: PreferencePairs.load(preferences / f"{split}.safetensors") for split in POOL_SIZES}
-    runs = output / f"{world.name}-reward-training"
-    reward = train_reward(pipeline, pairs["train"], runs, seed=seed)
-    if steps := FURTHER_STEPS[world.name]:
-        reward = train_reward(
-            *(pipeline, pairs["train"], runs / "further"),
-            steps=steps,
-            learning_rate=FURTHER_LEARNING_RATE,
-            start=runs / "averaged",
-            seed=seed + 1,
-        )
-    if steps := ALIKE_STEPS[world.name]:
-        pool, count = pairs["train"].pool, PAIR_COUNTS["train"]
-        alike = sample_pairs(pool, "train", count, seed + 2, kinds=ALIKE_KINDS, alike_weight=ALIKE_WEIGHT)
-        reward = train_reward(
-            *(pipeline, alike, runs / "alike"),
-            steps=steps,
-            learning_rate=FURTHER_LEARNING_RATE,
-            start=runs / "further" / "averaged",
-            seed=seed + 2,
-        )
+    reward = train_in_phases(
+        pipeline, pairs["train"], PHASES[world.name], output / f"{world.name}-reward-training", seed=seed
+    )
     fresh_seed = seed + CALIBRATION_SEED
     aligned = load_file(output / f"{world.name}-aligned" / "train.safetensors")["latents"]
     fresh = sample_pairs(
