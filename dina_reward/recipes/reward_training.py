@@ -244,6 +244,7 @@ def train_reward(arguments: TrainRewardArguments, training_args: LatentRewardTra
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model(output_dir)
+    trainer.save_state()
     if test_pairs is None:
         return
     if has_buckets(test_pairs) or trainer.is_fsdp_enabled:
