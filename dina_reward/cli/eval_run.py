@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dina_reward.cli.score import load_pipeline, locate_reward
+from dina_reward.cli.console import in_terminal
+from dina_reward.cli.score_run import load_pipeline, locate_reward
 from dina_reward.data import BrokenRows, CachedPreferences, Preference, load_preferences, read_preferences
 from dina_reward.data.cache_manifest import is_cache
 from dina_reward.data.storage import TENSORS_NAME
@@ -118,6 +119,7 @@ def run_evaluation(request: EvalRequest, entrants: Sequence[Entrant] | None = No
         resamples=request.resamples,
         batch_size=request.batch_size,
         seed=request.seed,
+        progress=in_terminal(),
     )
     if request.advice:
         comparison = replace(comparison, rewards=_with_advice(request, comparison, entrants, opened.pairs))
@@ -143,6 +145,7 @@ def _with_advice(
                 resamples=request.resamples,
                 batch_size=request.batch_size,
                 seed=request.seed,
+                progress=in_terminal(),
             )
             report = replace(report, advice=advice)
         reports.append(report)
