@@ -34,6 +34,7 @@ from dina_reward.evaluation.comparison import DEFAULT_COLUMNS, ScorerReport
 from dina_reward.evaluation.pair_table import OWN_COLUMNS, as_preference
 from dina_reward.evaluation.readable import pairs_of
 from dina_reward.modeling.scoring import Ensemble
+from dina_reward.recipes.alignment import import_function
 from dina_reward.reward import LatentReward
 
 
@@ -248,7 +249,7 @@ def load_entrants(request: EvalRequest) -> list[Entrant]:
         )
         entrants.append(Entrant(CallableScorer(model, name=next(names), likelihood="bradley_terry"), shared))
     for dotted in request.functions:
-        entrants.append(Entrant(CallableScorer(_import(dotted), name=next(names), device=device), shared))
+        entrants.append(Entrant(CallableScorer(import_function(dotted), name=next(names), device=device), shared))
     return entrants
 
 
@@ -257,12 +258,6 @@ def _latent_entrant(reward: str, loader: _Loader, settings: Sequence[Setting], n
     pipeline = loader.pipeline(model_id)
     loaded = LatentReward.from_pretrained(directory, pipeline=pipeline, share_backbone=True)
     return Entrant(LatentScorer(loaded, settings, name=name), pipeline)
-
-
-def _import(dotted: str) -> Any:
-    from dina_reward.recipes.alignment import import_function
-
-    return import_function(dotted)
 
 
 def _names(paths: Sequence[str]) -> list[str]:
