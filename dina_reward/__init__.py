@@ -23,23 +23,5 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "alignment": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
-        "backbones.sharing": ("SharedBackboneError",),
-        "checkpoints": ("CheckpointError", "convert_checkpoint"),
-        "evaluation": ("evaluate_preferences",),
-        "modeling": (
-            "LatentRewardConfig",
-            "LatentRewardModel",
-            "NonFiniteError",
-            "RewardOutput",
-            "default_lora_config",
-            "default_reward_config",
-        ),
-        "reward": ("LatentReward",),
-        "training": ("LatentRewardTrainer", "LatentRewardTrainingConfig"),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)
 __all__ += ["__version__"]

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import ast
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
-def lazy_exports(
-    package: str, exports: Mapping[str, Sequence[str]]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__`` and ``__all__`` of a package.
+def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a package, whose names are listed once, for type checkers too.
+
+    The names are those that the package's ``__init__`` imports under ``if TYPE_CHECKING:``, by their full module names.
 
     Args:
         package: the package's ``__name__``.
-        exports: public names by the sub-module that defines them; a leading dot stands for the package above.
 
     Raises:
         ValueError: a name is that of a sub-module, which would take its place once it is imported.
     """
-    modules = {name: module for module, names in exports.items() for name in names}
-    if clashes := modules.keys() & modules.values():
+    origins = _imports_for_type_checking(Path(str(sys.modules[package].__file__)))
+    own = {module.removeprefix(f"{package}.").split(".")[0] for module in origins.values()}
+    if clashes := origins.keys() & own:
         raise ValueError(f"{package} exports names of its own sub-modules: {sorted(clashes)}; import them eagerly")
 
     def get(name: str) -> Any:
-        if name not in modules:
+        if name not in origins:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f".{modules[name]}", package), name)
+        value = getattr(import_module(origins[name]), name)
         setattr(sys.modules[package], name, value)
         return value
 
     def names() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *modules})
+        return sorted({*vars(sys.modules[package]), *origins})
 
-    return get, names, sorted(modules)
+    return get, names, sorted(origins)
+
+
+def _imports_for_type_checking(path: Path) -> dict[str, str]:
+    """Modules by the names that are imported from them."""
+    statements = ast.parse(path.read_text(encoding="utf-8")).body
+    blocks = [node for node in statements if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}

@@ -6,11 +6,12 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import dina_reward
-from dina_reward.lazy import lazy_exports
 
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib")
@@ -55,6 +56,37 @@ def test_unknown_name_is_an_attribute_error() -> None:
         dina_reward.LatentRewards  # noqa: B018
 
 
-def test_exporting_the_name_of_a_sub_module_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"exports names of its own sub-modules: \['reward'\]"):
-        lazy_exports("dina_reward", {"reward": ("LatentReward", "reward")})
+LAZY_PACKAGE = """
+from typing import TYPE_CHECKING
+from dina_reward.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from lazy_package.parts import {names}
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__)
+"""
+
+
+@pytest.fixture
+def lazy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "lazy_package").mkdir()
+    (tmp_path / "lazy_package" / "parts.py").write_text("wheel = 'round'\nparts = 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "lazy_package" / "__init__.py"
+    for name in ("lazy_package", "lazy_package.parts"):
+        sys.modules.pop(name, None)
+
+
+def test_names_listed_for_type_checkers_load_on_first_use(lazy_package: Path) -> None:
+    lazy_package.write_text(LAZY_PACKAGE.format(names="wheel"))
+    module = importlib.import_module("lazy_package")
+    assert module.__all__ == ["wheel"]
+    assert "lazy_package.parts" not in sys.modules
+    assert module.wheel == "round"
+    assert vars(module)["wheel"] == "round"
+
+
+def test_exporting_the_name_of_a_sub_module_is_refused(lazy_package: Path) -> None:
+    lazy_package.write_text(LAZY_PACKAGE.format(names="wheel, parts"))
+    with pytest.raises(ValueError, match=r"exports names of its own sub-modules: \['parts'\]"):
+        importlib.import_module("lazy_package")

@@ -23,18 +23,4 @@ if TYPE_CHECKING:
     from dina_reward.alignment.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
     from dina_reward.reward_functions import optional_reward
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "config": ("AlignmentConfig",),
-        "experience.null_reward": ("null_reward",),
-        "monitoring.hacking": ("RewardHackingCallback",),
-        ".reward_functions": ("optional_reward",),
-        "trainers.backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-        "trainers.base": ("AlignmentTrainer",),
-        "trainers.grpo": ("DDPOTrainer", "DiffusionGRPOTrainer"),
-        "trainers.grpo_config": ("DDPOConfig", "DiffusionGRPOConfig"),
-        "trainers.nft": ("DiffusionNFTConfig", "DiffusionNFTTrainer"),
-        "trainers.online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -149,6 +150,8 @@ class AlignmentConfig(TrainingArguments):
         self._check_trainer_options()
 
     def _fill_defaults(self) -> None:
+        # Without an accelerator torch warns about it and does nothing.
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
         if isinstance(self.reward_noise_level, (int, float)):

@@ -17,6 +17,7 @@ from dina_reward.backbones.wrappers import check_separate_projections, unwrap
 from dina_reward.families import Backbone, ModelFamily, family_of, get_family
 from dina_reward.modeling import LatentRewardConfig
 from dina_reward.noise import NoiseProcess
+from dina_reward.quiet import dtype_option
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _load_denoiser(family: ModelFamily, config: LatentRewardConfig, source: Back
             model_id,
             num_layers=config.num_layers,
             subfolder=family.denoiser_attribute,
-            torch_dtype=source.torch_dtype or torch.float32,
+            **dtype_option(source.torch_dtype or torch.float32),
             **source.hub_options,
         )
     except (OSError, HFValidationError) as error:

@@ -22,17 +22,4 @@ if TYPE_CHECKING:
     from dina_reward.checkpoints.native import write_checkpoint
     from dina_reward.checkpoints.parts import Checkpoint, CheckpointError, check_state
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "convert": (
-            "CheckpointSummary",
-            "convert_checkpoint",
-            "read_checkpoint",
-            "resolve_checkpoint",
-            "summarize_checkpoint",
-        ),
-        "native": ("write_checkpoint",),
-        "parts": ("Checkpoint", "CheckpointError", "check_state"),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

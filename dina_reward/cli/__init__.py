@@ -14,9 +14,4 @@ from dina_reward.lazy import lazy_exports
 if TYPE_CHECKING:
     from dina_reward.cli.app import main
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "app": ("main",),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

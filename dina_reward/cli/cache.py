@@ -7,61 +7,83 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dina_reward.cli.console import pipeline_path
+from dina_reward.cli.console import in_terminal, pipeline_path
+from dina_reward.cli.options import (
+    BatchSizeOption,
+    DtypeChoice,
+    ImageRootOption,
+    MinConfidenceOption,
+    SchemaOption,
+    SplitOption,
+)
+from dina_reward.quiet import dtype_option, no_loading_bars
 
 
 if TYPE_CHECKING:
     import torch
 
+    from dina_reward.data import CacheSettings, PreferenceReader
     from dina_reward.data.cache import CacheReport
 
 
+DatasetArgument = Annotated[
+    str, typer.Argument(metavar="DATASET", help="Preferences between images: a file, directory or hub id.")
+]
+PipelineOption = Annotated[
+    str,
+    typer.Option(help="Path or hub id of the diffusers pipeline; 'shapes' or 'shapes-ddpm' for the embedded ones."),
+]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Directory of the cache; a run that ended early continues.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the sides and of the limit per prompt.")]
+MaxPairsPerPromptOption = Annotated[
+    int | None, typer.Option(min=1, help="Leave out pairs at random where a prompt has more; published: 8.")
+]
+MaxBrokenOption = Annotated[float, typer.Option(help="Share of broken pairs that is left out and reported.")]
+BucketOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Image size WIDTHxHEIGHT; repeat it. Default: the 13 published ones.", show_default=False),
+]
+ToleranceOption = Annotated[float, typer.Option(help="Largest |log aspect difference| between image and bucket.")]
+MaxUpscaleOption = Annotated[float, typer.Option(help="Largest enlargement of an image.")]
+PromptEmbedsOption = Annotated[bool, typer.Option(help="Store prompt embeddings too, without padding.")]
+MaxSequenceLengthOption = Annotated[
+    int | None, typer.Option(min=1, help="Token limit of embedded prompts. Default: the pipeline's.")
+]
+LatentDtypeOption = Annotated[str, typer.Option(help="Stored latents: float16, bfloat16, float32.")]
+EmbedsDtypeOption = Annotated[str, typer.Option(help="Stored embeddings: float16, bfloat16, float32.")]
+ImagesPerShardOption = Annotated[int, typer.Option(min=1, help="Latents per file.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="Threads per process that decode images.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Default: this process's GPU if there is one, else cpu.")]
+DtypeOption = Annotated[DtypeChoice, typer.Option(help="Dtype of VAE and text encoders.")]
+DryRunOption = Annotated[bool, typer.Option(help="Read the dataset and print the size of the cache, encode nothing.")]
+
+
 def cache(
-    dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="Preferences between images: a file, directory or hub id.")
-    ],
-    pipeline: Annotated[
-        str,
-        typer.Option(
-            help="Path or hub id of the diffusers pipeline; 'shapes' or 'shapes-ddpm' for the embedded ones."
-        ),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory of the cache; a run that ended early continues.")
-    ],
-    schema: Annotated[str | None, typer.Option(help="Schema of the dataset. Default: found from its columns.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
-    image_root: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sides and of the limit per prompt.")] = 0,
-    min_confidence: Annotated[
-        float | None, typer.Option(help="Leave out pairs whose annotators were less sure than this.")
-    ] = None,
-    max_pairs_per_prompt: Annotated[
-        int | None, typer.Option(min=1, help="Leave out pairs at random where a prompt has more; published: 8.")
-    ] = None,
-    max_broken: Annotated[float, typer.Option(help="Share of broken pairs that is left out and reported.")] = 0.01,
-    bucket: Annotated[
-        list[str] | None,
-        typer.Option(help="Image size WIDTHxHEIGHT; repeat it. Default: the 13 published ones.", show_default=False),
-    ] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest |log aspect difference| between image and bucket.")] = 0.03,
-    max_upscale: Annotated[float, typer.Option(help="Largest enlargement of an image.")] = 1.05,
-    prompt_embeds: Annotated[bool, typer.Option(help="Store prompt embeddings too, without padding.")] = False,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Token limit of embedded prompts. Default: the pipeline's.")
-    ] = None,
-    latent_dtype: Annotated[str, typer.Option(help="Stored latents: float16, bfloat16, float32.")] = "float16",
-    embeds_dtype: Annotated[str, typer.Option(help="Stored embeddings: float16, bfloat16, float32.")] = "float16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or prompts per pass of the encoders.")] = 8,
-    images_per_shard: Annotated[int, typer.Option(min=1, help="Latents per file.")] = 256,
-    workers: Annotated[int, typer.Option(min=1, help="Threads per process that decode images.")] = 4,
-    device: Annotated[str | None, typer.Option(help="Default: this process's GPU if there is one, else cpu.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of VAE and text encoders: float32, bfloat16, float16.")
-    ] = "float32",
-    dry_run: Annotated[
-        bool, typer.Option(help="Read the dataset and print the size of the cache, encode nothing.")
-    ] = False,
+    dataset: DatasetArgument,
+    pipeline: PipelineOption,
+    output: OutputOption,
+    schema: SchemaOption = None,
+    split: SplitOption = "train",
+    image_root: ImageRootOption = None,
+    seed: SeedOption = 0,
+    min_confidence: MinConfidenceOption = None,
+    max_pairs_per_prompt: MaxPairsPerPromptOption = None,
+    max_broken: MaxBrokenOption = 0.01,
+    bucket: BucketOption = None,
+    tolerance: ToleranceOption = 0.03,
+    max_upscale: MaxUpscaleOption = 1.05,
+    prompt_embeds: PromptEmbedsOption = False,
+    max_sequence_length: MaxSequenceLengthOption = None,
+    latent_dtype: LatentDtypeOption = "float16",
+    embeds_dtype: EmbedsDtypeOption = "float16",
+    batch_size: BatchSizeOption = 8,
+    images_per_shard: ImagesPerShardOption = 256,
+    workers: WorkersOption = 4,
+    device: DeviceOption = None,
+    dtype: DtypeOption = DtypeChoice.float32,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Encodes images (and prompts) once, in aspect-ratio buckets, for training: `dina-reward train`.
 
@@ -70,7 +92,6 @@ def cache(
     """
     from dina_reward.data import read_preferences
     from dina_reward.data.buckets import BucketRule
-    from dina_reward.data.cache import build_cache, processes
     from dina_reward.data.cache_manifest import CacheSettings
 
     settings = CacheSettings(
@@ -92,8 +113,35 @@ def cache(
         max_pairs_per_prompt=max_pairs_per_prompt,
         max_broken=max_broken,
     )
+    _build(
+        preferences,
+        settings,
+        output,
+        pipeline=pipeline,
+        device=device,
+        dtype=dtype.value,
+        max_broken=max_broken,
+        workers=workers,
+        dry_run=dry_run,
+    )
+
+
+def _build(
+    preferences: PreferenceReader,
+    settings: CacheSettings,
+    output: Path,
+    *,
+    pipeline: str,
+    device: str | None,
+    dtype: str,
+    max_broken: float,
+    workers: int,
+    dry_run: bool,
+) -> None:
+    from dina_reward.data.cache import build_cache, processes
+
     state = processes()
-    loaded = load_encoders(pipeline, dtype, device or state.device, text=prompt_embeds)
+    loaded = load_encoders(pipeline, dtype, device or state.device, text=settings.prompt_embeds)
     build_cache(
         preferences,
         loaded,
@@ -103,6 +151,7 @@ def cache(
         workers=workers,
         dry_run=dry_run,
         on_report=_print_report,
+        progress=in_terminal(),
     )
     if state.is_main_process:
         typer.echo("nothing was encoded (--dry-run)" if dry_run else f"wrote {output}")
@@ -133,9 +182,6 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
 
     from dina_reward.families import family_of_class
 
-    torch_dtype = getattr(torch, dtype, None)
-    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     name = pipeline_path(name)
     try:
         index = diffusers.DiffusionPipeline.load_config(name)
@@ -148,9 +194,10 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
         absent: tuple[str, ...] = ("safety_checker", "image_encoder", "feature_extractor")
         absent += () if text else ("text_encoder", "tokenizer")
         missing = {part: None for part in index if part.startswith(absent)}
-        loaded = diffusers.DiffusionPipeline.from_pretrained(
-            name, torch_dtype=torch_dtype, **{attribute: denoiser}, **missing
-        )
+        with no_loading_bars():
+            loaded = diffusers.DiffusionPipeline.from_pretrained(
+                name, **dtype_option(getattr(torch, dtype)), **{attribute: denoiser}, **missing
+            )
     except (OSError, HFValidationError, KeyError, AttributeError) as error:
         raise ValueError(f"{name!r} is no diffusers pipeline that can be loaded: {error}") from error
     for part, module in loaded.components.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
-
-SHIPPED = {"shapes": "flow", "shapes-ddpm": "ddpm"}
-"""Names of what ships with the package: a generator of the embedded world and its reward."""
+from dina_reward.recipes.alignment import WORLDS
+from dina_reward.shapes.shipped import weights_dir
 
 
 def reward_path(name: str) -> str:
@@ -20,11 +20,12 @@ def pipeline_path(name: str) -> str:
 
 
 def _shipped_path(name: str, suffix: str) -> str:
-    if name not in SHIPPED:
-        return name
-    from dina_reward.shapes import weights_dir
+    return str(weights_dir(WORLDS[name] + suffix)) if name in WORLDS else name
 
-    return str(weights_dir(SHIPPED[name] + suffix))
+
+def in_terminal() -> bool:
+    """Whether progress bars have a place to be drawn: in files and pipes they would be line after line."""
+    return sys.stderr.isatty()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

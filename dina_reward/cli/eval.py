@@ -4,110 +4,130 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dina_reward.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeChoice,
+    DtypeOption,
+    ImageRootOption,
+    JsonOption,
+    MinConfidenceOption,
+    PipelineOption,
+    SchemaOption,
+    SplitOption,
+)
+
+
+if TYPE_CHECKING:
+    from dina_reward.evaluation import Comparison
+
+RewardsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="Directories or hub ids of latent rewards; 'shapes' is the one that ships with the package.",
+        show_default=False,
+    ),
+]
+DatasetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET",
+        help="Preferences: a file, directory, latent cache or hub id; 'shapes' makes them on the spot.",
+    ),
+]
+ClipOption = Annotated[
+    list[str] | None, typer.Option(help="CLIP-type pixel reward to compare, e.g. yuvalkirstain/PickScore_v1.")
+]
+ClipProcessorOption = Annotated[str | None, typer.Option(help="Processor of the CLIP models. Default: their own.")]
+FunctionOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Dotted name of any function of latents or images and prompts to compare."),
+]
+MaxPairsOption = Annotated[
+    int | None, typer.Option(min=1, help="Use the first so many pairs. Default: all; 2,000 of 'shapes'.")
+]
+LevelsOption = Annotated[
+    str, typer.Option(help="Noise levels, each on its own, separated by commas; 'none' for none.")
+]
+EnsemblesOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Levels of an ensemble, separated by commas; repeat it; 'none' for none.", show_default=False),
+]
+EnsembleKindOption = Annotated[
+    str, typer.Option(help="How levels are combined: tokens, mean, or both, separated by a comma.")
+]
+DrawsOption = Annotated[str, typer.Option(help="Numbers of noise draws, separated by commas.")]
+ByOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Report accuracy, margin and calibration by the values of this column, too; repeat it. "
+        "Default: source and resolution.",
+        show_default=False,
+    ),
+]
+EnsembleAdviceOption = Annotated[
+    bool,
+    typer.Option(
+        "--ensemble-advice",
+        help="Say which ensemble pays for each latent reward: score every level under four noise draws (or --draws), "
+        "and levels with shared noise and noise of their own.",
+    ),
+]
+TiesOption = Annotated[
+    str | None,
+    typer.Option(help="Tie convention: half, imagereward, hpdv2, pickscore, dina_lrm. Default: the benchmark's."),
+]
+TieThresholdOption = Annotated[
+    float | None,
+    typer.Option(help="Score difference up to which the prediction is a tie. Default: 0; pickscore tunes it."),
+]
+ResamplesOption = Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of noise, sides, resampling and tuning.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Directory for evaluation.json, evaluation.md, evaluation.png."),
+]
+
 
 def evaluate(
-    rewards: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="Directories or hub ids of latent rewards; 'shapes' is the one that ships with the package.",
-            show_default=False,
-        ),
-    ] = None,
+    rewards: RewardsArgument = None,
     *,
-    dataset: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATASET",
-            help="Preferences: a file, directory, latent cache or hub id; 'shapes' makes them on the spot.",
-        ),
-    ],
-    clip: Annotated[
-        list[str] | None, typer.Option(help="CLIP-type pixel reward to compare, e.g. yuvalkirstain/PickScore_v1.")
-    ] = None,
-    clip_processor: Annotated[
-        str | None, typer.Option(help="Processor of the CLIP models. Default: their own.")
-    ] = None,
-    function: Annotated[
-        list[str] | None,
-        typer.Option(help="Dotted name of any function of latents or images and prompts to compare."),
-    ] = None,
-    pipeline: Annotated[
-        str | None,
-        typer.Option(
-            help="Path or hub id of the diffusers pipeline. Default: the backbone that each checkpoint names."
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    schema: Annotated[str | None, typer.Option(help="Schema of the dataset. Default: found from its columns.")] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")] = None,
-    min_confidence: Annotated[
-        float | None, typer.Option(help="Leave out pairs whose label is less sure than this.")
-    ] = None,
-    max_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many pairs. Default: all; 2,000 of 'shapes'.")
-    ] = None,
-    levels: Annotated[
-        str, typer.Option(help="Noise levels, each on its own, separated by commas; 'none' for none.")
-    ] = "0.2,0.3,0.4,0.5,0.6,0.7,0.8",
-    ensembles: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Levels of an ensemble, separated by commas; repeat it; 'none' for none.", show_default=False
-        ),
-    ] = None,
-    ensemble_kind: Annotated[
-        str, typer.Option(help="How levels are combined: tokens, mean, or both, separated by a comma.")
-    ] = "tokens",
-    draws: Annotated[str, typer.Option(help="Numbers of noise draws, separated by commas.")] = "1",
-    by: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Report accuracy, margin and calibration by the values of this column, too; repeat it. "
-            "Default: source and resolution.",
-            show_default=False,
-        ),
-    ] = None,
-    ensemble_advice: Annotated[
-        bool,
-        typer.Option(
-            "--ensemble-advice",
-            help="Say which ensemble pays for each latent reward: score every level under four noise draws (or --draws), "
-            "and levels with shared noise and noise of their own.",
-        ),
-    ] = False,
-    ties: Annotated[
-        str | None,
-        typer.Option(help="Tie convention: half, imagereward, hpdv2, pickscore, dina_lrm. Default: the benchmark's."),
-    ] = None,
-    tie_threshold: Annotated[
-        float | None,
-        typer.Option(help="Score difference up to which the prediction is a tie. Default: 0; pickscore tunes it."),
-    ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of noise, sides, resampling and tuning.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images or latents per pass.")] = 16,
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of pipeline and backbone: float32, bfloat16, float16.")
-    ] = "float32",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Directory for evaluation.json, evaluation.md, evaluation.png."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    dataset: DatasetArgument,
+    clip: ClipOption = None,
+    clip_processor: ClipProcessorOption = None,
+    function: FunctionOption = None,
+    pipeline: PipelineOption = None,
+    split: SplitOption = "test",
+    schema: SchemaOption = None,
+    image_root: ImageRootOption = None,
+    min_confidence: MinConfidenceOption = None,
+    max_pairs: MaxPairsOption = None,
+    levels: LevelsOption = "0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    ensembles: EnsemblesOption = None,
+    ensemble_kind: EnsembleKindOption = "tokens",
+    draws: DrawsOption = "1",
+    by: ByOption = None,
+    ensemble_advice: EnsembleAdviceOption = False,
+    ties: TiesOption = None,
+    tie_threshold: TieThresholdOption = None,
+    resamples: ResamplesOption = 1000,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 16,
+    device: DeviceOption = None,
+    dtype: DtypeOption = DtypeChoice.float32,
+    output: OutputOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Accuracy with confidence intervals, calibration, slices and cost of rewards, side by side on one dataset.
 
     Pairwise accuracy at each noise level and for ensembles, under the benchmark's own tie convention.
     """
-    from dina_reward.cli.eval_run import EvalRequest, run_evaluation, write_evaluation
-    from dina_reward.evaluation import comparison_table
-    from dina_reward.evaluation.comparison import DEFAULT_COLUMNS
+    from dina_reward.cli.eval_run import DEFAULT_COLUMNS, EvalRequest, run_evaluation
 
     request = EvalRequest(
         rewards=list(rewards or ()),
@@ -133,9 +153,15 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
         device=device,
-        dtype=_dtype(dtype),
+        dtype=dtype.value,
     )
-    comparison = run_evaluation(request)
+    _report(run_evaluation(request), output, as_json)
+
+
+def _report(comparison: Comparison, output: Path | None, as_json: bool) -> None:
+    from dina_reward.cli.eval_run import write_evaluation
+    from dina_reward.evaluation import comparison_table
+
     if output is not None:
         write_evaluation(comparison, output)
         typer.echo(f"wrote {output}/evaluation.json, .md and .png", err=True)
@@ -169,9 +195,3 @@ def _whole(number: float) -> int:
     if number != int(number) or number < 1:
         raise ValueError(f"--draws takes whole numbers of at least 1, got {number:g}")
     return int(number)
-
-
-def _dtype(name: str) -> str:
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {name!r}")
-    return name

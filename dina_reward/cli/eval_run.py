@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dina_reward.cli.score import load_pipeline, locate_reward
+from dina_reward.cli.console import in_terminal
+from dina_reward.cli.score_run import load_pipeline, locate_reward
 from dina_reward.data import BrokenRows, CachedPreferences, Preference, load_preferences, read_preferences
 from dina_reward.data.cache_manifest import is_cache
 from dina_reward.data.storage import TENSORS_NAME
@@ -33,6 +34,7 @@ from dina_reward.evaluation.comparison import DEFAULT_COLUMNS, ScorerReport
 from dina_reward.evaluation.pair_table import OWN_COLUMNS, as_preference
 from dina_reward.evaluation.readable import pairs_of
 from dina_reward.modeling.scoring import Ensemble
+from dina_reward.recipes.alignment import import_function
 from dina_reward.reward import LatentReward
 
 
@@ -118,6 +120,7 @@ def run_evaluation(request: EvalRequest, entrants: Sequence[Entrant] | None = No
         resamples=request.resamples,
         batch_size=request.batch_size,
         seed=request.seed,
+        progress=in_terminal(),
     )
     if request.advice:
         comparison = replace(comparison, rewards=_with_advice(request, comparison, entrants, opened.pairs))
@@ -143,6 +146,7 @@ def _with_advice(
                 resamples=request.resamples,
                 batch_size=request.batch_size,
                 seed=request.seed,
+                progress=in_terminal(),
             )
             report = replace(report, advice=advice)
         reports.append(report)
@@ -245,7 +249,7 @@ def load_entrants(request: EvalRequest) -> list[Entrant]:
         )
         entrants.append(Entrant(CallableScorer(model, name=next(names), likelihood="bradley_terry"), shared))
     for dotted in request.functions:
-        entrants.append(Entrant(CallableScorer(_import(dotted), name=next(names), device=device), shared))
+        entrants.append(Entrant(CallableScorer(import_function(dotted), name=next(names), device=device), shared))
     return entrants
 
 
@@ -254,12 +258,6 @@ def _latent_entrant(reward: str, loader: _Loader, settings: Sequence[Setting], n
     pipeline = loader.pipeline(model_id)
     loaded = LatentReward.from_pretrained(directory, pipeline=pipeline, share_backbone=True)
     return Entrant(LatentScorer(loaded, settings, name=name), pipeline)
-
-
-def _import(dotted: str) -> Any:
-    from dina_reward.recipes.alignment import import_function
-
-    return import_function(dotted)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `dina-reward info` shows: a reward checkpoint, or a generator as the backbone of a reward; no weight is loaded."""
+"""`dina-reward info`: a reward checkpoint, or a generator as the backbone of a reward; no weight is loaded."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from dina_reward.cli.console import SHIPPED, print_table, reward_path
+import typer
+
+from dina_reward.cli.console import print_table, reward_path
+from dina_reward.cli.options import JsonOption
+from dina_reward.recipes.alignment import WORLDS
 
 
-def show_info(
-    target: str,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    num_frames: int | None = None,
-    flops: bool = True,
-    as_json: bool = False,
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A reward (directory, hub id or 'shapes'); a diffusers pipeline (directory or hub id); a diffusers class "
+        "such as FluxPipeline; or a published model such as SD3.5-Medium, which is not read from the hub."
+    ),
+]
+
+
+def info(
+    target: TargetArgument,
+    height: Annotated[int | None, typer.Option(min=1, help="Image height in pixels. Default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Image width in pixels. Default: the model's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. Default: the model's.")] = None,
+    flops: Annotated[bool, typer.Option(help="Count FLOPs, which takes seconds per model.")] = True,
+    as_json: JsonOption = False,
 ) -> None:
-    """Prints what a target is.
-
-    Args:
-        target: a reward checkpoint; a diffusers pipeline, as directory or hub id; a diffusers class; or the name or hub id
-            of a model whose structure ships with the package, which is not read from the hub.
-        height, width, num_frames: size in pixels that costs are counted at; for pipelines and classes alone.
-        flops: count FLOPs too; seconds per model.
-        as_json: print a list of JSON objects instead of tables.
-
-    Raises:
-        ValueError: nothing of these, or a size that the model does not take.
-    """
+    """Shows what a reward is, or what a reward on a generator would be and cost, without loading weights."""
     structures = _structures(target)
     if structures is None:
         sizes = {"--height": height, "--width": width, "--num-frames": num_frames}
@@ -53,7 +54,7 @@ def show_info(
 
 def _structures(target: str) -> tuple[Any, ...] | None:
     """Structures of a pipeline, class or published model; ``None`` for what can only be a reward."""
-    if target in SHIPPED:
+    if target in WORLDS:
         return None
     from dina_reward.backbones.structures import (
         is_pipeline,

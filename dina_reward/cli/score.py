@@ -1,162 +1,97 @@
-"""What `dina-reward score` does: load a reward with its pipeline, read files, score them."""
+"""`dina-reward score`: images or saved latents against prompts."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-import torch
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+import typer
 
-from dina_reward.checkpoints import read_checkpoint, resolve_checkpoint
-from dina_reward.cli.console import pipeline_path, reward_path
-from dina_reward.data.files import decode_image
-from dina_reward.modeling.scoring import Ensemble
-from dina_reward.noise.draws import fold_seed
-from dina_reward.reward import LatentReward
-
-
-IMAGE_NOISE_LEVEL = 0.1
-"""Level for images that come from disk; freshly generated latents use the checkpoint's."""
+from dina_reward.cli.console import print_table
+from dina_reward.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeChoice,
+    DtypeOption,
+    JsonOption,
+    PipelineOption,
+)
 
 
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Arguments of ``dina-reward score``; see its ``--help``."""
+class EnsembleChoice(StrEnum):
+    """How several noise levels are combined."""
 
-    reward: str
-    inputs: Sequence[Path]
-    prompts: Sequence[str]
-    pipeline: str | None = None
-    noise_level: Sequence[float] | None = None
-    ensemble: Ensemble = "tokens"
-    num_noise_samples: int = 1
-    seed: int = 0
-    normalize: bool = False
-    batch_size: int = 8
-    device: str | None = None
-    dtype: str = "float32"
+    tokens = "tokens"
+    mean = "mean"
 
 
-@dataclass(frozen=True)
-class _Item:
-    name: str
-    prompt: str
-    latents: Tensor
-    from_image: bool
+RewardArgument = Annotated[
+    str, typer.Argument(help="Directory or hub id of a reward; 'shapes' is the one that ships with the package.")
+]
+InputsArgument = Annotated[
+    list[Path], typer.Argument(help="Images, or .safetensors files with a 'latents' tensor.", exists=True)
+]
+PromptOption = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", help="One prompt for all inputs, or one per input.")
+]
+PromptsFileOption = Annotated[
+    Path | None, typer.Option(help="Text file with one prompt per line, instead of --prompt.", exists=True)
+]
+NoiseLevelOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Noise level in [0, 1]; repeat it for an ensemble. Default: 0.1 for images, else the checkpoint's."
+    ),
+]
+EnsembleOption = Annotated[EnsembleChoice, typer.Option(help="How several levels are combined.")]
+NoiseSamplesOption = Annotated[int, typer.Option(help="Noise draws per latent.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of the noise.")]
+NormalizeOption = Annotated[bool, typer.Option(help="Apply the checkpoint's affine map to the scores.")]
 
 
-def score_files(request: ScoreRequest) -> list[dict[str, Any]]:
-    """Scores every image and every stored latent; rows keep the order of the inputs.
+def score(
+    reward: RewardArgument,
+    inputs: InputsArgument,
+    prompt: PromptOption = None,
+    prompts_file: PromptsFileOption = None,
+    pipeline: PipelineOption = None,
+    noise_level: NoiseLevelOption = None,
+    ensemble: EnsembleOption = EnsembleChoice.tokens,
+    num_noise_samples: NoiseSamplesOption = 1,
+    seed: SeedOption = 0,
+    normalize: NormalizeOption = False,
+    batch_size: BatchSizeOption = 8,
+    device: DeviceOption = None,
+    dtype: DtypeOption = DtypeChoice.float32,
+    as_json: JsonOption = False,
+) -> None:
+    """Scores images or saved latents against prompts, as a table or JSON."""
+    from dina_reward.cli.score_run import score_files
+    from dina_reward.data.files import read_lines
 
-    Returns:
-        One dictionary per latent: ``input``, ``prompt``, ``score``, ``level_scores``, ``noise_levels``, ``noise_std``.
-
-    Raises:
-        ValueError: files that cannot be read, another number of prompts than inputs, latents that do not fit.
-    """
-    prompts = list(request.prompts)
-    if len(prompts) not in (1, len(request.inputs)):
-        raise ValueError(f"got {len(prompts)} prompts for {len(request.inputs)} inputs; give one for all or one each")
-    prompts = prompts * len(request.inputs) if len(prompts) == 1 else prompts
-    reward, pipeline = load_reward_and_pipeline(request)
-    items = [
-        item
-        for path, prompt in zip(request.inputs, prompts, strict=True)
-        for item in _read(path, prompt, reward, pipeline)
-    ]
-    groups: dict[tuple[torch.Size, bool], list[int]] = defaultdict(list)
-    for position, item in enumerate(items):
-        groups[(item.latents.shape, item.from_image)].append(position)
-    rows: dict[int, dict[str, Any]] = {}
-    for (_, from_image), positions in groups.items():
-        rows.update(_score_group(request, reward, [items[p] for p in positions], positions, from_image))
-    return [rows[position] for position in range(len(items))]
-
-
-def load_reward_and_pipeline(request: ScoreRequest) -> tuple[LatentReward, Any]:
-    """The reward, sharing the backbone of the pipeline that encodes its prompts and images."""
-    directory, model_id = locate_reward(request.reward, request.pipeline)
-    pipeline = load_pipeline(model_id, device=request.device, dtype=request.dtype)
-    return LatentReward.from_pretrained(directory, pipeline=pipeline, share_backbone=True), pipeline
-
-
-def locate_reward(reward: str, pipeline: str | None) -> tuple[Path, str]:
-    """Directory of a reward, and path or id of its pipeline: the one given, or the backbone that the checkpoint names."""
-    directory = resolve_checkpoint(reward_path(reward))
-    model_id = pipeline or read_checkpoint(directory).config.backbone_model_id
-    if model_id is None:
-        raise ValueError("the checkpoint names no backbone; give the pipeline with --pipeline")
-    if model_id.startswith(".") and pipeline is None:
-        model_id = str((directory / model_id).resolve())
-    return directory, model_id
+    prompts = read_lines(prompts_file) if prompts_file is not None else (prompt or [])
+    rows = score_files(
+        inputs,
+        [line for line in prompts if line.strip()],
+        reward,
+        pipeline,
+        device=device,
+        dtype=dtype.value,
+        seed=seed,
+        noise_level=noise_level,
+        ensemble=ensemble.value,
+        num_noise_samples=num_noise_samples,
+        normalize=normalize,
+        batch_size=batch_size,
+    )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    cells = [(row["input"], row["prompt"], _number(row["score"]), _number(row["noise_std"])) for row in rows]
+    print_table("scores", ("input", "prompt", "score", "noise std"), cells)
 
 
-def load_pipeline(model_id: str, *, device: str | None = None, dtype: str = "float32") -> Any:
-    """A diffusers pipeline without progress bar, on the given device or on the GPU where there is one."""
-    from diffusers import DiffusionPipeline
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        path = pipeline_path(model_id)
-        pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=getattr(torch, dtype)).to(device)
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"cannot load the pipeline {model_id!r}: {error}. Give another one with --pipeline"
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _read(path: Path, prompt: str, reward: LatentReward, pipeline: Any) -> list[_Item]:
-    if path.suffix == ".safetensors":
-        latents = _read_latents(path).to(reward.device)
-        return [_Item(f"{path.name}[{i}]", prompt, row, False) for i, row in enumerate(latents)]
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; give images, or .safetensors files with latents")
-    latents = reward.family.encode_images(pipeline, [decode_image(path, str(path))])
-    return [_Item(path.name, prompt, latents[0], True)]
-
-
-def _read_latents(path: Path) -> Tensor:
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
-    if "latents" not in tensors:
-        raise ValueError(f"{path} has no tensor 'latents', only {sorted(tensors)}")
-    return tensors["latents"]
-
-
-def _score_group(
-    request: ScoreRequest, reward: LatentReward, items: Sequence[_Item], positions: Sequence[int], from_image: bool
-) -> dict[int, dict[str, Any]]:
-    default = IMAGE_NOISE_LEVEL if from_image else None
-    with torch.no_grad():
-        output = reward.score(
-            torch.stack([item.latents for item in items]),
-            [item.prompt for item in items],
-            noise_level=request.noise_level or default,
-            ensemble=request.ensemble,
-            num_noise_samples=request.num_noise_samples,
-            seed=[fold_seed(request.seed, position) for position in positions],
-            normalize=request.normalize,
-            batch_size=request.batch_size,
-        )
-    return {
-        position: {
-            "input": item.name,
-            "prompt": item.prompt,
-            "score": float(output.scores[i]),
-            "level_scores": output.level_scores[i].tolist(),
-            "noise_levels": output.noise_levels.tolist(),
-            "noise_std": None if output.noise_std is None else float(output.noise_std[i]),
-        }
-        for i, (item, position) in enumerate(zip(items, positions, strict=True))
-    }
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -22,19 +22,4 @@ if TYPE_CHECKING:
     from dina_reward.data.sampler import BucketBatchSampler, bucketed_loader
     from dina_reward.data.storage import LatentPreferenceDataset, load_preferences, preference_rows
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "broken": ("BrokenRowError", "BrokenRows"),
-        "preference": ("Preference",),
-        "readers": ("PreferenceReader", "read_preferences"),
-        "records": ("PreferenceBatch", "PreferencePair", "collate_preferences"),
-        "storage": ("LatentPreferenceDataset", "load_preferences", "preference_rows"),
-        "buckets": ("Bucket", "BucketRule"),
-        "cache": ("CacheReport", "build_cache"),
-        "cache_manifest": ("CacheSettings",),
-        "cached": ("CachedPreferences",),
-        "latent_rows": ("LatentRows",),
-        "sampler": ("BucketBatchSampler", "bucketed_loader"),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

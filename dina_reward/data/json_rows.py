@@ -1,7 +1,6 @@
-"""JSON and JSON-lines files of records as Arrow tables, read in batches so that memory holds columns and not objects.
+"""JSON records as Arrow tables, in batches and past damaged lines, where `datasets` loads whole lists and gives up.
 
-`datasets` reads a file that is one long list by loading it whole (1,000,000 records of HPDv3 took 3.9 GB), and refuses
-files with a damaged line.
+Memory holds columns and not objects: 1,000,000 records of HPDv3, one long list, took `datasets` 3.9 GB.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Batches of one bucket each, the same work on every rank, and exact resumption inside an epoch."""
+"""Batches of one bucket each, at every step the same bucket on all ranks, which `accelerate` would deal out at random.
+
+An epoch resumes exactly where it ended.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference datasets in memory and on disk."""
+"""Preferences between latents in memory and as safetensors, which keep bfloat16, for which Arrow has no type."""
 
 from __future__ import annotations
 

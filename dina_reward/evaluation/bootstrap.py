@@ -1,8 +1,9 @@
-"""Confidence intervals by resampling whole clusters (prompts), so that pairs of one prompt stay together.
+"""Confidence intervals by resampling whole clusters (prompts), in draws that all rewards share and without SciPy.
 
-A quantity is a ratio of sums over pairs, such as credit over pairs that count. With ``w_c`` the number of times that cluster
-``c`` was drawn, a resampled value is ``sum_c w_c S_c / sum_c w_c N_c``; the interval is between percentiles of many of them
-(Efron & Tibshirani 1993, chapter 13). All quantities share the draws, so differences between rewards are paired.
+`scipy.stats.bootstrap` would draw for each quantity anew, and is not needed otherwise. A quantity is a ratio of sums over
+pairs, such as credit over pairs that count. With ``w_c`` the number of times that cluster ``c`` was drawn, a resampled value
+is ``sum_c w_c S_c / sum_c w_c N_c``; the interval is between percentiles of many of them (Efron & Tibshirani 1993, chapter
+13). Differences between rewards are paired.
 """
 
 from __future__ import annotations

@@ -18,13 +18,4 @@ if TYPE_CHECKING:
     from dina_reward.modeling.model import LatentRewardModel
     from dina_reward.modeling.scoring import RewardOutput
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "config": ("LatentRewardConfig", "default_lora_config", "default_reward_config"),
-        "heads.config": ("RewardHeadConfig",),
-        "inputs": ("NonFiniteError",),
-        "model": ("LatentRewardModel",),
-        "scoring": ("RewardOutput",),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

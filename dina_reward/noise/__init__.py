@@ -26,22 +26,4 @@ if TYPE_CHECKING:
     )
     from dina_reward.noise.states import model_states, rescales_states
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "draws": ("draw_noise", "fold_seed"),
-        "processes": (
-            "FlowMatchingNoise",
-            "LevelDistribution",
-            "LevelSampler",
-            "NoisePoint",
-            "NoiseProcess",
-            "VariancePreservingNoise",
-            "check_known_process",
-            "expand_as",
-            "flow_matching_scheduler",
-            "is_flow_matching",
-        ),
-        "states": ("model_states", "rescales_states"),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -14,4 +14,4 @@ from dina_reward.lazy import lazy_exports
 if TYPE_CHECKING:
     from dina_reward.recipes.alignment import RecipeArguments, align
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, {"alignment": ("RecipeArguments", "align")})
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

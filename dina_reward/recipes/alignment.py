@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dina_reward.quiet import dtype_option
+
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,18 @@ if TYPE_CHECKING:
 
 
 WORLDS = {"shapes": "flow", "shapes-ddpm": "ddpm"}
-"""What recipes call the generators of `dina_reward.shapes`, which are flow-matching and DDPM."""
+"""What recipes and commands call the generators of `dina_reward.shapes` and their rewards: flow-matching and DDPM."""
+
+
+ALGORITHMS = {
+    "flow_grpo": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
+    "grpo": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
+    "ddpo": ("DDPOConfig", "DDPOTrainer"),
+    "nft": ("DiffusionNFTConfig", "DiffusionNFTTrainer"),
+    "online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
+    "refl": ("RewardBackpropConfig", "RewardBackpropTrainer"),
+}
+"""Configuration and trainer in `dina_reward.alignment` by the name of the script in ``recipes`` that uses them."""
 
 
 @dataclass
@@ -79,6 +92,24 @@ def align(
     return trainer
 
 
+def main(algorithm: str, args: Sequence[str]) -> None:
+    """What ``dina-reward align`` does: parses a command line as the recipe of an algorithm does, and aligns.
+
+    Raises:
+        ValueError: no such algorithm, or options that do not fit.
+    """
+    from dina_reward import alignment
+    from dina_reward.recipes.arguments import ConfigParser, did_you_mean
+
+    if algorithm not in ALGORITHMS:
+        guess = did_you_mean(algorithm, ALGORITHMS)
+        raise ValueError(f"no algorithm {algorithm!r}{guess or '; there are ' + ', '.join(ALGORITHMS)}")
+    config_class, trainer_class = ALGORITHMS[algorithm]
+    parser = ConfigParser((RecipeArguments, getattr(alignment, config_class)))
+    arguments, config = parser.parse_args_and_config(args)
+    align(getattr(alignment, trainer_class), arguments, config)
+
+
 def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple[Any, LatentReward]:
     """Generator and latent reward on one device.
 
@@ -89,14 +120,14 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
     from dina_reward import LatentReward
     from dina_reward.shapes import load_pipeline, load_reward
 
-    dtype, name = _torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
+    dtype, name = torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
     pipeline: Any
     if name in WORLDS:
-        pipeline = load_pipeline(WORLDS[name], torch_dtype=dtype)
+        pipeline = load_pipeline(WORLDS[name], **dtype_option(dtype))
     else:
         from diffusers import DiffusionPipeline
 
-        pipeline = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **_loading_options(name))
+        pipeline = DiffusionPipeline.from_pretrained(name, **dtype_option(dtype), **_loading_options(name))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"pipeline": pipeline, "share_backbone": arguments.share_backbone}
@@ -165,7 +196,8 @@ def import_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _torch_dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """A dtype by its name; a `ValueError` for another name."""
     import torch
 
     dtype = getattr(torch, name, None)

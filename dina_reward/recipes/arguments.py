@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 import yaml
 from trl import TrlParser
 
-from dina_reward.recipes.quiet import hide_notes_of_optional_kernels
+from dina_reward.quiet import hide_library_notes
 
 
 _SCALARS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), dict: (dict,)}
@@ -102,7 +102,7 @@ class ConfigParser(TrlParser):
 
 def parse_command_line(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Dataclasses for a script's ``main``, filled by `ConfigParser`; faults end the process in one line, with code 2."""
-    hide_notes_of_optional_kernels()
+    hide_library_notes()
     try:
         return ConfigParser(dataclass_types).parse_args_and_config(args)
     except ValueError as error:

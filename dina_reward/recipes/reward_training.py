@@ -19,6 +19,8 @@ from dina_reward.families import family_of
 from dina_reward.likelihood import preference_model
 from dina_reward.modeling import default_lora_config, default_reward_config
 from dina_reward.modeling.heads.config import RewardHeadConfig
+from dina_reward.quiet import dtype_option
+from dina_reward.recipes.alignment import resume_point, torch_dtype
 from dina_reward.recipes.arguments import ConfigParser
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 from dina_reward.training.batching import FirstRows, has_buckets
@@ -121,20 +123,18 @@ def load_pipeline(arguments: TrainRewardArguments, *, text_encoders: bool = True
     Args:
         text_encoders: load them; not needed where the dataset holds prompt embeddings.
     """
-    dtype = getattr(torch, arguments.torch_dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch_dtype must name a torch dtype such as 'bfloat16', got {arguments.torch_dtype!r}")
+    dtype = torch_dtype(arguments.torch_dtype)
     if arguments.model_name_or_path == SHAPES:
         from dina_reward.shapes import load_pipeline as load_shapes
 
-        return load_shapes(torch_dtype=dtype)
+        return load_shapes(**dtype_option(dtype))
     from diffusers import DiffusionPipeline
 
     name, absent = arguments.model_name_or_path, {"vae": None}
     if not text_encoders:
         components = DiffusionPipeline.load_config(name)
         absent |= {part: None for part in components if part.startswith("text_encoder")}
-    return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **absent)
+    return DiffusionPipeline.from_pretrained(name, **dtype_option(dtype), **absent)
 
 
 def load_pairs(arguments: TrainRewardArguments, split: str, limit: int | None) -> Any:
@@ -241,9 +241,9 @@ def train_reward(arguments: TrainRewardArguments, training_args: LatentRewardTra
     place_text_encoders(pipeline, training_args.device)
 
     trainer = LatentRewardTrainer(reward, training_args, train_dataset=train_pairs, eval_dataset=test_pairs)
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.train(resume_from_checkpoint=resume_point(training_args.resume_from_checkpoint))
     trainer.save_model(output_dir)
+    trainer.save_state()
     if test_pairs is None:
         return
     if has_buckets(test_pairs) or trainer.is_fsdp_enabled:

@@ -34,17 +34,4 @@ if TYPE_CHECKING:
     from dina_reward.shapes.renderer import render
     from dina_reward.shapes.shipped import load_aligned, load_pipeline, load_reward, weights_dir
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "autoencoder": ("decode_latents", "encode_images"),
-        "degradations": ("degrade",),
-        "evaluation": ("PipelineEvaluation", "evaluate_pipeline"),
-        "generator": ("sample_latents",),
-        "oracle": ("Oracle", "OracleScores", "Reading"),
-        "preferences": ("PreferencePairs", "build_pool", "sample_pairs"),
-        "prompts": ("Scene", "all_scenes", "sample_prompts", "sample_scenes"),
-        "renderer": ("render",),
-        "shipped": ("load_aligned", "load_pipeline", "load_reward", "weights_dir"),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

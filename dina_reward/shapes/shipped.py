@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dina_reward.quiet import no_loading_bars
+
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +29,7 @@ def weights_dir(name: str) -> Path:
 
 
 def load_pipeline(world: str = "flow", **kwargs: Any) -> Any:
-    """A shipped generator.
+    """A shipped generator; it is loaded in a blink, so without loading bars.
 
     Args:
         world (str): "flow" for the `StableDiffusion3Pipeline`, "ddpm" for the `StableDiffusionPipeline`.
@@ -38,11 +40,13 @@ def load_pipeline(world: str = "flow", **kwargs: Any) -> Any:
 
     directory = weights_dir(_known(world))
     if world == "ddpm":
-        pipeline = StableDiffusionPipeline.from_pretrained(directory, **{"safety_checker": None, **kwargs})
+        with no_loading_bars():
+            pipeline = StableDiffusionPipeline.from_pretrained(directory, **{"safety_checker": None, **kwargs})
         # Convolutions of this size run half as fast again on a CPU in this layout.
         pipeline.unet.to(memory_format=torch.channels_last)
         return pipeline
-    return StableDiffusion3Pipeline.from_pretrained(directory, **kwargs)
+    with no_loading_bars():
+        return StableDiffusion3Pipeline.from_pretrained(directory, **kwargs)
 
 
 def quiet_pipeline(directory: str | Path) -> Any:

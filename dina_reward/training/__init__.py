@@ -16,12 +16,4 @@ if TYPE_CHECKING:
     from dina_reward.training.ema import EMACallback
     from dina_reward.training.trainer import LatentRewardTrainer
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "checkpointing": ("AtomicCheckpointMixin", "CheckpointedCallback"),
-        "config": ("LatentRewardTrainingConfig",),
-        "ema": ("EMACallback",),
-        "trainer": ("LatentRewardTrainer",),
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -86,6 +86,8 @@ class LatentRewardTrainingConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Without an accelerator torch warns about it and does nothing.
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(
                 f"seed must be an integer from 0 to 2**32 - 1, which is what numpy takes, got {self.seed!r}"

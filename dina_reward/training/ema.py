@@ -1,4 +1,4 @@
-"""Exponential moving average of the trainable parameters, as a `transformers` callback."""
+"""Moving average by `diffusers.EMAModel`, to which this callback adds sharded parameters and exact resumption."""
 
 from __future__ import annotations
 

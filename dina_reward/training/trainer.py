@@ -26,6 +26,7 @@ from dina_reward.training.batching import SequentialBucketSampler, gather_rows, 
 from dina_reward.training.checkpointing import AtomicCheckpointMixin
 from dina_reward.training.config import LatentRewardTrainingConfig, check_mixed_precision
 from dina_reward.training.ema import EMA_WEIGHTS_NAME, EMACallback
+from dina_reward.training.log_table import print_tables, reward_training_cells
 from dina_reward.training.metrics import PairMetrics, evaluation_metrics
 from dina_reward.training.pair_noise import PairNoiser
 from dina_reward.training.reward_files import load_reward, save_reward
@@ -119,6 +120,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
             **kwargs,
         )
         _refuse_sharding(self)
+        print_tables(self, reward_training_cells)
         self.ema = None
         if args.ema_decay is not None:
             self.ema = EMACallback(reward.model, args.ema_decay, args.ema_update_every, root=self._trained_module)

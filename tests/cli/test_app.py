@@ -44,6 +44,8 @@ def invoke(*arguments: object) -> Any:
 
 
 def test_help_everywhere() -> None:
+    commands = ("score", "info", "eval", "cache", "train", "align", "convert", "recipes", "demo")
+    assert [name for name in commands if name not in invoke("--help").output] == []
     for command in ([], ["score"], ["convert"], ["info"], ["demo"], ["recipes"], ["recipes", "validate"]):
         result = invoke(*command, "--help")
         assert result.exit_code == 0

@@ -1,14 +1,13 @@
-"""Names of what ships with the package, and what commands do not print."""
+"""Names of what ships with the package."""
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dina_reward.cli.console import pipeline_path, reward_path
-from dina_reward.recipes.quiet import hide_notes_of_optional_kernels
+from dina_reward.cli.console import in_terminal, pipeline_path, reward_path
 
 
 def test_shipped_names_are_directories_and_other_names_stay() -> None:
@@ -19,9 +18,7 @@ def test_shipped_names_are_directories_and_other_names_stay() -> None:
     assert (pipeline_path("org/model"), reward_path("org/reward")) == ("org/model", "org/reward")
 
 
-def test_notes_of_optional_kernels_are_hidden_and_errors_are_not(caplog: pytest.LogCaptureFixture) -> None:
-    hide_notes_of_optional_kernels()
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.warning("Failed to load CPU gemm_4bit_forward")
-    logger.error("broken")
-    assert [record.message for record in caplog.records] == ["broken"]
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_drawn_in_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: terminal))
+    assert in_terminal() is terminal

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dina_reward.alignment.monitoring.evaluation import read_history
 from dina_reward.cli.app import app
-from dina_reward.cli.demo import shown_prompts
+from dina_reward.cli.demo_run import shown_prompts
 from dina_reward.shapes.alignment import held_out_prompts
 from dina_reward.shapes.prompts import Scene
 

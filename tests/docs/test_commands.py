@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import typer
 
+from dina_reward import alignment
 from dina_reward.cli.app import app
+from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments
 from dina_reward.recipes.arguments import ConfigParser
 from dina_reward.recipes.configs import Launch, RecipeConfig, find_config, parse_config
 from dina_reward.recipes.reward_training import TrainRewardArguments
@@ -91,6 +93,9 @@ def check_dina_reward(words: list[str]) -> None:
     """Parses a command line of ours down to its last command, whose body is left out."""
     if words[:1] == ["train"]:
         ConfigParser((TrainRewardArguments, LatentRewardTrainingConfig)).parse_args_and_config(words[1:])
+    if words[:1] == ["align"]:
+        config_class = getattr(alignment, ALGORITHMS[words[1]][0])
+        ConfigParser((RecipeArguments, config_class)).parse_args_and_config(words[2:])
     if words[:2] in (["recipes", "show"], ["recipes", "validate"]) and words[2] != "my.yaml":
         find_config(words[2], RECIPES)
     group = typer.main.get_command(app)

@@ -289,7 +289,7 @@ class HeldOutEvaluator:
             if self.on_picture is not None:
                 caption = ", ".join(f"{name} {value:.4g}" for name, value in record.metrics.items())
                 self.on_picture(record.step, picture, f"step {record.step}: {caption}")
-        append_record(self.output_dir / HISTORY_NAME, record)
+        append_line(self.output_dir / HISTORY_NAME, record)
         return record
 
     def _protocol(self, prompts: Sequence[str]) -> str:
@@ -308,12 +308,3 @@ def _summarise(step: int, columns: Mapping[str, Tensor]) -> EvaluationRecord:
 def read_history(path: str | os.PathLike[str]) -> list[EvaluationRecord]:
     """Records of a history file in order; empty if there is none."""
     return read_lines(path, EvaluationRecord)
-
-
-def append_record(path: str | os.PathLike[str], record: EvaluationRecord) -> list[EvaluationRecord]:
-    """Adds a record; those of the same or later steps, left by a run that was resumed, are replaced.
-
-    Returns:
-        The whole history.
-    """
-    return append_line(path, record)

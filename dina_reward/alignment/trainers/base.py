@@ -21,6 +21,7 @@ from dina_reward.alignment.experience.maker import Experience, ExperienceMaker, 
 from dina_reward.alignment.experience.rewards import RewardSet, check_columns
 from dina_reward.alignment.monitoring.evaluation import EvalRewardFunction, HeldOutEvaluator
 from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
+from dina_reward.alignment.monitoring.log_cells import alignment_cells
 from dina_reward.alignment.monitoring.pictures import log_pictures
 from dina_reward.alignment.objectives.advantages import Advantages
 from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
@@ -34,6 +35,7 @@ from dina_reward.reward_functions import RewardFunction, reward_list, unique_nam
 from dina_reward.training.checkpointing import AtomicCheckpointMixin
 from dina_reward.training.config import check_mixed_precision
 from dina_reward.training.ema import EMACallback
+from dina_reward.training.log_table import print_tables
 from dina_reward.training.run_settings import settings_of, tensor_digest, text_digest
 
 
@@ -104,6 +106,7 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
             callbacks=[*(callbacks or []), *([] if self.ema is None else [self.ema])],
             optimizers=optimizers,
         )
+        print_tables(self, alignment_cells)
         self._check_launch(geometry)
         self.costs = CostCallback(self.policy.calls, args, self.accelerator)
         self.add_callback(self.costs)

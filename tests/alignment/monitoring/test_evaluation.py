@@ -15,10 +15,15 @@ from dina_reward.alignment.monitoring.evaluation import (
     HISTORY_NAME,
     EvaluationRecord,
     HeldOutEvaluator,
-    append_record,
     read_history,
 )
-from dina_reward.alignment.monitoring.hacking import SCORES_NAME, PromptScores, RewardHackingCallback, read_lines
+from dina_reward.alignment.monitoring.hacking import (
+    SCORES_NAME,
+    PromptScores,
+    RewardHackingCallback,
+    append_line,
+    read_lines,
+)
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.prompts import PromptTable
 from dina_reward.alignment.sampling.samplers import build_sampler
@@ -316,8 +321,8 @@ def test_pictures_have_captions_and_go_to_the_hook(policy, tmp_path):
 def test_history_replaces_what_a_resumed_run_repeats(tmp_path):
     file = tmp_path / HISTORY_NAME
     for step in (0, 10, 20):
-        append_record(file, EvaluationRecord(step, {"reward": float(step)}))
-    history = append_record(file, EvaluationRecord(10, {"reward": 5.0}, hacking=[{"judge": "oracle"}]))
+        append_line(file, EvaluationRecord(step, {"reward": float(step)}))
+    history = append_line(file, EvaluationRecord(10, {"reward": 5.0}, hacking=[{"judge": "oracle"}]))
     assert [line.step for line in history] == [0, 10]
     assert read_history(file) == history
     assert history[-1].metrics["reward"] == 5
