@@ -225,7 +225,7 @@ class LatentReward(PretrainedReward):
         if refused:
             raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
         if options.get("seed") is None and options.get("noise") is None:
-            options["seed"] = int(torch.randint(2**62, (1,)))
+            options["seed"] = int(torch.randint(2**62, (1,), device="cpu"))
         options = {name: _of_both_sides(name, value, latents_a, options) for name, value in options.items()}
         if prompts is not None:
             prompts = 2 * expand_prompts(prompts, len(latents_a))
@@ -286,7 +286,11 @@ class LatentReward(PretrainedReward):
             return self.encode_prompts(expand_prompts(prompts, batch))
         assert given is not None
         check_embeddings(given, batch, self.family, self.config.backbone_config)
-        rows = torch.arange(batch) if len(given) == batch else torch.zeros(batch, dtype=torch.long)
+        rows = (
+            torch.arange(batch, device="cpu")
+            if len(given) == batch
+            else torch.zeros(batch, dtype=torch.long, device="cpu")
+        )
         return given, rows
 
     def _points(self, noise_level: NoiseLevel | None) -> NoisePoint:

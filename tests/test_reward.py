@@ -13,6 +13,7 @@ from torch import Tensor
 from dina_reward import LatentReward, LatentRewardConfig, NonFiniteError
 from dina_reward.likelihood import ensemble_level
 from dina_reward.modeling import default_lora_config
+from dina_reward.noise import LevelSampler
 from tests.tiny_models import tiny_sd3_transformer
 
 
@@ -65,6 +66,26 @@ def test_seed_decides_everything(reward: LatentReward, latents: Tensor) -> None:
     assert not torch.equal(
         reward(latents, PROMPTS, generator=generator), reward(latents, PROMPTS, generator=generator)
     )
+
+
+def test_global_settings_of_torch_change_nothing(reward: LatentReward, latents: Tensor) -> None:
+    states = {"noise_level": 0.4}
+    expected = (reward(latents, PROMPTS, seed=3), reward.score_noisy(latents, PROMPTS, **states))
+    random = torch.Generator("cpu").manual_seed(0)
+    torch.manual_seed(0)
+    drawn = reward(latents, PROMPTS)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        scores = (reward(latents, PROMPTS, seed=3), reward.score_noisy(latents, PROMPTS, **states))
+        levels = LevelSampler("logit_normal").sample(4, generator=random)
+        torch.manual_seed(0)
+        assert torch.equal(reward(latents, PROMPTS), drawn)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(scores, expected, strict=True))
+    assert torch.equal(levels, LevelSampler("logit_normal").sample(4, generator=random.manual_seed(0)))
 
 
 @pytest.mark.parametrize("ensemble", ["tokens", "mean"])

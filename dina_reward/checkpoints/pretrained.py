@@ -109,7 +109,8 @@ class PretrainedReward:
             hub,
         )
         attached = attach_backbone(checkpoint.config, source)
-        reward = cls(attached, checkpoint.lora_config, pipeline=pipeline, prompt_cache_size=prompt_cache_size)
+        with torch.random.fork_rng():  # the initial weights are drawn, then replaced
+            reward = cls(attached, checkpoint.lora_config, pipeline=pipeline, prompt_cache_size=prompt_cache_size)
         reward._load(checkpoint)
         return reward.eval()
 

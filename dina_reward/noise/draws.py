@@ -53,12 +53,12 @@ def draw_noise(
     rows = 1 if share_noise else batch
     if seed is None:
         device = latents.device if generator is None else generator.device
-        drawn = torch.randn((num_samples, rows, *shape), generator=generator, device=device)
+        drawn = torch.randn((num_samples, rows, *shape), generator=generator, device=device, dtype=torch.float32)
     else:
         if share_noise and np.ndim(cast(Any, seed)) > 0:
             raise ValueError("share_noise=True gives all rows one draw; pass a single integer seed with it")
         seeds = row_seeds(seed, rows)
-        streams = (torch.Generator().manual_seed(row_seed) for row_seed in seeds)
+        streams = (torch.Generator("cpu").manual_seed(row_seed) for row_seed in seeds)
         drawn = torch.stack([_samples(shape, num_samples, stream) for stream in streams], dim=1)
     return drawn.to(latents.device).expand(num_samples, batch, *shape)
 
@@ -124,7 +124,9 @@ def _level_seed(seed: int | Sequence[int] | Tensor | None, level: float) -> int 
 
 def _samples(shape: tuple[int, ...], num_samples: int, stream: torch.Generator) -> Tensor:
     # One call per sample: torch fills large and small tensors in different orders.
-    return torch.stack([torch.randn(shape, generator=stream) for _ in range(num_samples)])
+    # Dtype and device by name, so that torch's global defaults change nothing.
+    draws = [torch.randn(shape, generator=stream, device="cpu", dtype=torch.float32) for _ in range(num_samples)]
+    return torch.stack(draws)
 
 
 def row_seeds(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor, batch: int) -> list[int]:

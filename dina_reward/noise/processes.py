@@ -75,7 +75,7 @@ class NoiseProcess(ABC):
         Raises:
             ValueError: a level is not finite or lies outside ``[0, 1]``. Values above 1 are usually timesteps.
         """
-        wanted = torch.atleast_1d(torch.as_tensor(noise_level, dtype=torch.float32)).cpu()
+        wanted = torch.atleast_1d(torch.as_tensor(noise_level, dtype=torch.float32, device="cpu"))
         if wanted.ndim != 1 or wanted.numel() == 0:
             raise ValueError(
                 f"noise_level must be one level or a sequence with at least one, got shape {tuple(wanted.shape)}"
@@ -93,7 +93,7 @@ class NoiseProcess(ABC):
         Raises:
             ValueError: a timestep lies outside the grid. Values that are all below 1 are usually noise levels.
         """
-        wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32)).cpu()
+        wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32, device="cpu"))
         low, high = float(self.timesteps.min()), float(self.timesteps.max())
         if not bool(((wanted >= 0) & (wanted <= high + 1)).all()):
             raise ValueError(
@@ -147,7 +147,8 @@ class VariancePreservingNoise(NoiseProcess):
                 "this model is a DDPM, but the scheduler is a flow-matching one; pass `scheduler=` with the model's own"
             )
         scheduler = DDPMScheduler.from_config(dict(config))
-        return cls(levels=(1 - scheduler.alphas_cumprod).sqrt(), timesteps=torch.arange(len(scheduler.alphas_cumprod)))
+        levels = (1 - scheduler.alphas_cumprod).sqrt()
+        return cls(levels=levels, timesteps=torch.arange(len(levels), device=levels.device))
 
     def signal(self, level: Tensor) -> Tensor:
         return (1 - level**2).clamp(min=0).sqrt()
@@ -239,20 +240,21 @@ class LevelSampler:
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels on the CPU, shape ``(batch_size,)``, float32."""
-        u = torch.rand(batch_size, generator=generator)
+        plain: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+        u = torch.rand(batch_size, generator=generator, **plain)
         if self.distribution == "uniform":
             return u
         if self.distribution == "logit_normal":
-            return torch.sigmoid(self.mean + self.std * torch.randn(batch_size, generator=generator))
+            return torch.sigmoid(self.mean + self.std * torch.randn(batch_size, generator=generator, **plain))
         if self.distribution == "mode":
             return (1 - u - self.mode_scale * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)).clamp(0, 1)
         if self.distribution == "constant":
-            return torch.full((batch_size,), self.value)
+            return torch.full((batch_size,), self.value, **plain)
         if self.distribution == "power":
             return u**self.exponent
         return self._sample_beta(batch_size, generator)
 
     def _sample_beta(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
-        shapes = torch.tensor([self.alpha, self.beta]).expand(batch_size, 2)
+        shapes = torch.tensor([self.alpha, self.beta], device="cpu", dtype=torch.float32).expand(batch_size, 2)
         gammas = torch._standard_gamma(shapes, generator=generator)
         return gammas[:, 0] / gammas.sum(dim=1)

@@ -53,6 +53,14 @@ def test_round_trip(sd3_pipeline: Any, native: Path, tmp_path: Path) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_loading_leaves_the_global_seed_alone(sd3_pipeline: Any, native: Path) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    LatentReward.from_pretrained(native, pipeline=sd3_pipeline)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_plain_peft_reads_the_adapter(sd3_pipeline: Any, native: Path) -> None:
     from peft import PeftModel
 
