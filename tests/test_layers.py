@@ -14,7 +14,7 @@ import dina_reward
 
 PACKAGE = Path(dina_reward.__file__).parent
 LAYERS = (
-    {"lazy"},
+    {"lazy", "stored", "checks"},
     {"noise", "likelihood"},
     {"families"},
     {"modeling"},

@@ -131,6 +131,7 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
     from accelerate import init_empty_weights
     from huggingface_hub.errors import HFValidationError
 
+    from dina_reward.backbones.pipelines import load_pipeline, pipeline_index
     from dina_reward.families import family_of_class
 
     torch_dtype = getattr(torch, dtype, None)
@@ -138,7 +139,7 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     name = pipeline_path(name)
     try:
-        index = diffusers.DiffusionPipeline.load_config(name)
+        index = pipeline_index(name)
         family = family_of_class(getattr(diffusers, index["_class_name"]))
         attribute = family.denoiser_attribute
         denoiser_class = getattr(diffusers, index[attribute][1])
@@ -148,9 +149,7 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
         absent: tuple[str, ...] = ("safety_checker", "image_encoder", "feature_extractor")
         absent += () if text else ("text_encoder", "tokenizer")
         missing = {part: None for part in index if part.startswith(absent)}
-        loaded = diffusers.DiffusionPipeline.from_pretrained(
-            name, torch_dtype=torch_dtype, **{attribute: denoiser}, **missing
-        )
+        loaded = load_pipeline(name, torch_dtype=torch_dtype, **{attribute: denoiser}, **missing)
     except (OSError, HFValidationError, KeyError, AttributeError) as error:
         raise ValueError(f"{name!r} is no diffusers pipeline that can be loaded: {error}") from error
     for part, module in loaded.components.items():

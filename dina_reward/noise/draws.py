@@ -153,12 +153,20 @@ def _integer(value: Any) -> int:
     try:
         if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError("a truth value")
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise ValueError(f"seeds must be integers, got {value!r}; fractions are not cut") from None
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seeds have 64 bits, got {number}")
+    return number
 
 
 def _given_noise(noise: Tensor, latents: Tensor, num_samples: int) -> Tensor:
+    if num_samples > 1 and (noise.ndim == latents.ndim or len(noise) == 1):
+        raise ValueError(
+            f"num_noise_samples={num_samples}, but the given noise has one draw, which would be scored so often; give noise "
+            f"of shape {(num_samples, *latents.shape)}"
+        )
     target = (num_samples, *latents.shape)
     if noise.ndim == latents.ndim:
         noise = noise.unsqueeze(0)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dina_reward.checks import check_fields, scheduler_config_checked
+
 
 _DDPM_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -94,7 +96,14 @@ class NoiseProcess(ABC):
             ValueError: a timestep lies outside the grid. Values that are all below 1 are usually noise levels.
         """
         wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32, device="cpu"))
+        if wanted.ndim != 1 or wanted.numel() == 0:
+            raise ValueError(f"timesteps must be one or a sequence with at least one, got shape {tuple(wanted.shape)}")
         low, high = float(self.timesteps.min()), float(self.timesteps.max())
+        if bool(((wanted > 0) & (wanted < 1)).all()):
+            raise ValueError(
+                f"timesteps {wanted.tolist()} lie between 0 and 1, where the grid goes up to {high:.4g}; if these are noise "
+                "levels, pass them as `noise_level=`"
+            )
         if not bool(((wanted >= 0) & (wanted <= high + 1)).all()):
             raise ValueError(
                 f"timesteps must lie in the scheduler's range [{low:.4g}, {high:.4g}], got {wanted.tolist()}. "
@@ -160,7 +169,7 @@ def is_flow_matching(scheduler_config: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: it describes neither flow matching nor DDPM; see `check_known_process`.
     """
-    check_known_process(scheduler_config)
+    check_known_process(scheduler_config_checked(scheduler_config))
     if scheduler_config.get("use_flow_sigmas") or scheduler_config.get("prediction_type") == "flow_prediction":
         return True
     return "beta_schedule" not in scheduler_config and "beta_start" not in scheduler_config
@@ -232,6 +241,7 @@ class LevelSampler:
         known = LevelDistribution.__args__  # type: ignore[attr-defined]
         if self.distribution not in known:
             raise ValueError(f"unknown level distribution {self.distribution!r}; choose one of {', '.join(known)}")
+        check_fields(self)
         for name in ("std", "exponent", "alpha", "beta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"LevelSampler.{name} must be positive, got {getattr(self, name)}")
