@@ -387,7 +387,7 @@ def test_wrong_latents_are_refused(reward: LatentReward, latents: Tensor, kind: 
         ({"prompts": {"a", "b", "c"}}, "got set"),
         ({"prompts": np.array(["a", "b", "c"])}, "got ndarray"),
         ({"prompts": 3}, "got int"),
-        ({"prompts": iter("abc")}, "got str_iterator"),
+        ({"prompts": iter("abc")}, "list of strings, got .*iterator"),
     ],
 )
 def test_wrong_arguments_are_refused(
