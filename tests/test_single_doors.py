@@ -19,7 +19,6 @@ SHAPES = "shapes/"  # reads and writes what its own build made, below a director
 READERS = {
     "stored.py": "the door",
     "data/json_rows.py": "records of a dataset; a damaged one is counted",
-    "data/sides.py": "values inside a row; a damaged one is counted",
     "data/columns.py": "values inside a row; a damaged one is counted",
     "checkpoints/published.py": "tensors of a pickled head, with weights_only, any error of which is ours",
     "backbones/structures.py": "files of the package itself",
@@ -30,6 +29,7 @@ READERS = {
 }
 STAGED = {
     "checkpoints/native.py:_write_files": "the caller's staging directory",
+    "checkpoints/native.py:_sort_sets": "the caller's staging directory",
     "training/run_settings.py:write_settings": "a checkpoint that is still hidden",
     "training/run_settings.py:write_digests": "a checkpoint that is still hidden",
     "training/ownership.py:write_run": "a checkpoint that is still hidden",

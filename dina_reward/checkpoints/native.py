@@ -125,6 +125,7 @@ def _is_hand_written(card: Path) -> bool:
 
 def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
     checkpoint.lora_config.save_pretrained(str(directory))
+    _sort_sets(directory / ADAPTER_CONFIG_FILE)
     save_file(_contiguous(checkpoint.adapter), directory / ADAPTER_FILE, metadata={"format": "pt"})
     save_file(_contiguous(checkpoint.head), directory / HEAD_FILE, metadata={"format": "pt"})
     (directory / CARD_FILE).write_text(model_card(checkpoint.config, checkpoint.lora_config), encoding="utf-8")
@@ -133,6 +134,15 @@ def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
     values = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **checkpoint.config.to_dict()}
     text = json.dumps({**values, "sha256": digests}, indent=2, default=list) + "\n"
     (directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _sort_sets(path: Path) -> None:
+    """Equal configurations give equal bytes: PEFT writes sets in the order that this process happens to have them in."""
+    values = read_json(path)
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), list):
+            values[name] = sorted(values[name])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _config_digest(values: Mapping[str, Any]) -> str:

@@ -58,6 +58,12 @@ def test_round_trip(sd3_pipeline: Any, native: Path, tmp_path: Path) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_configurations_are_equal_bytes(sd3_pipeline: Any, native: Path) -> None:
+    values = json.loads((native / "adapter_config.json").read_text())
+    assert list(values) == sorted(values)
+    assert values["target_modules"] == sorted(values["target_modules"])
+
+
 def test_loading_leaves_the_global_seed_alone(sd3_pipeline: Any, native: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

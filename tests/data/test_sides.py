@@ -130,6 +130,12 @@ def test_a_batch_of_one_is_cut_from_a_published_shape(shape: Any, expected: tupl
     assert published_shape(shape) == expected
 
 
+@pytest.mark.parametrize("shape", ["-" * 100_000 + "1", "[" * 100_000, "(1,", 3, "x"])
+def test_shapes_that_are_none_are_refused(shape: Any) -> None:
+    with pytest.raises(ValueError, match="no list of numbers"):
+        published_shape(shape)
+
+
 def test_pixels_are_no_latents() -> None:
     with pytest.raises(ValueError, match="got array of uint8"):
         read_latent(np.zeros((3, 8, 8), np.uint8))
