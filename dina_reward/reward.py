@@ -17,7 +17,14 @@ from torch import Tensor
 from dina_reward.checkpoints.pretrained import PretrainedReward
 from dina_reward.families import Conditioning
 from dina_reward.likelihood import PreferenceModel, ensemble_level
-from dina_reward.modeling.inputs import NonFiniteError, check_embeddings, check_latents, expand_prompts
+from dina_reward.modeling.inputs import (
+    NonFiniteError,
+    check_embeddings,
+    check_flags,
+    check_latents,
+    check_size,
+    expand_prompts,
+)
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
 from dina_reward.noise import FlowMatchingNoise, NoisePoint, model_states, rescales_states
 from dina_reward.noise.draws import draw_level_noise, draw_noise, row_seeds
@@ -106,6 +113,7 @@ class LatentReward(PretrainedReward):
             ValueError: latents, prompts or noise do not fit; the message says what was expected.
             NonFiniteError: (a `ValueError`) latents or scores are not finite.
         """
+        check_flags(normalize=normalize, share_noise=share_noise, share_noise_across_levels=share_noise_across_levels)
         if noise is not None and noise.ndim >= latents.ndim:
             noise = self._spatial_noise(noise, latents, height, width)
         latents = self._spatial(latents, height, width)
@@ -173,6 +181,7 @@ class LatentReward(PretrainedReward):
         Returns:
             `Tensor`: shape ``(batch,)``, float32.
         """
+        check_flags(normalize=normalize)
         if (noise_level is None) == (timesteps is None):
             raise ValueError("give either `noise_level` or `timesteps`, to say how noisy the latents are")
         if batch_size is not None and batch_size < 1:
@@ -225,7 +234,7 @@ class LatentReward(PretrainedReward):
         if refused:
             raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
         if options.get("seed") is None and options.get("noise") is None:
-            options["seed"] = int(torch.randint(2**62, (1,)))
+            options["seed"] = int(torch.randint(2**62, (1,), device="cpu"))
         options = {name: _of_both_sides(name, value, latents_a, options) for name, value in options.items()}
         if prompts is not None:
             prompts = 2 * expand_prompts(prompts, len(latents_a))
@@ -246,6 +255,7 @@ class LatentReward(PretrainedReward):
         if isinstance(latents, Tensor):
             latents = self.family.unpack_latents(latents, denoiser_config, height=height, width=width)
         check_latents(latents, self.family, denoiser_config, self.device)
+        check_size(latents, height, width)
         return latents
 
     def _in_model_scale(self, states: Tensor, timesteps: Any, scheduler: Any | None) -> Tensor:
@@ -286,7 +296,11 @@ class LatentReward(PretrainedReward):
             return self.encode_prompts(expand_prompts(prompts, batch))
         assert given is not None
         check_embeddings(given, batch, self.family, self.config.backbone_config)
-        rows = torch.arange(batch) if len(given) == batch else torch.zeros(batch, dtype=torch.long)
+        rows = (
+            torch.arange(batch, device="cpu")
+            if len(given) == batch
+            else torch.zeros(batch, dtype=torch.long, device="cpu")
+        )
         return given, rows
 
     def _points(self, noise_level: NoiseLevel | None) -> NoisePoint:
@@ -306,6 +320,8 @@ class LatentReward(PretrainedReward):
 
 def _given_conditioning(embeds: Tensor | None, pooled: Tensor | None, mask: Tensor | None) -> Conditioning | None:
     if embeds is None:
+        if pooled is not None or mask is not None:
+            raise ValueError("pooled_prompt_embeds and prompt_embeds_mask belong to prompt_embeds; give these too")
         return None
     return Conditioning(embeds, pooled, None if mask is None else mask.bool())
 

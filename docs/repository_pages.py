@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {
     "CHANGELOG.md": "changelog.md",
     "README.md": "index.md",
+    "SECURITY.md": "security.md",
     "dina_reward/families/README.md": "families.md",
     "recipes/README.md": "recipes.md",
 }

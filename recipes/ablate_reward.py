@@ -29,7 +29,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from dina_reward.recipes.kept_results import identity, read_result, start_child, write_result, write_whole
 from dina_reward.shapes.ablation import (
     BATCH_SIZE,
     ITERATIONS,
@@ -202,7 +202,10 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def launch(name: str, seed: int, arguments: argparse.Namespace) -> None:
     """One run in a process of its own."""
     directory = arguments.output / name / f"seed-{seed}"
-    if (directory / RESULT_NAME).is_file():
+    request = directory / "request.json"
+    settings = identity({"variant": name, "steps": arguments.steps, "iterations": arguments.iterations})
+    # Results of earlier versions have no request beside them.
+    if (directory / RESULT_NAME).is_file() and (not request.exists() or read_result(request, settings) is not None):
         return
     directory.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dina_reward.shapes.ablation", name, str(seed), "--output", str(arguments.output)]
@@ -210,9 +213,10 @@ def launch(name: str, seed: int, arguments: argparse.Namespace) -> None:
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     with open(directory / "log.txt", "w", encoding="utf-8") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+        code = start_child(command, log, environment).wait()
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see {directory / 'log.txt'}")
+    write_result(request, settings, {})
 
 
 def main() -> None:
@@ -256,8 +260,8 @@ def main() -> None:
         "table": table,
         "runs": runs,
     }
-    (arguments.output / "ablation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "ablation.md").write_text(markdown(table), encoding="utf-8")
+    write_whole(arguments.output / "ablation.json", json.dumps(report, indent=1) + "\n")
+    write_whole(arguments.output / "ablation.md", markdown(table))
     draw(table, arguments.output / "ablation.png")
     print(markdown(table))
 

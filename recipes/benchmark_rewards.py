@@ -6,16 +6,18 @@
 Supported: latent rewards, PickScore-type CLIP models and any function of latents or images; every schema of
 `dina_reward.data.read_preferences`, each under its own tie convention. Not supported: videos.
 Every benchmark's full report lands in `output_dir/NAME`; `benchmark.md` and `benchmark.json` hold the table. The command can
-be killed and started again: reports that are complete and of the same settings are kept.
+be killed and started again: reports that are complete and of the same settings, rewards and data are kept.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from dina_reward.recipes.arguments import parse_command_line
+from dina_reward.recipes.kept_results import identity, read_result, write_result, write_whole
 
 
 @dataclass
@@ -61,6 +63,11 @@ class BenchmarkArguments:
             raise ValueError(f"benchmarks must be NAME=PATH with different names, got {self.benchmarks}")
         return places
 
+    def sources(self) -> list[str]:
+        """Files that define the functions."""
+        specs = [find_spec(name.rpartition(".")[0]) for name in self.functions if "." in name]
+        return [spec.origin for spec in specs if spec is not None and spec.origin is not None]
+
 
 def main(arguments: BenchmarkArguments) -> None:
     """Evaluates what is missing and writes the table."""
@@ -85,18 +92,19 @@ def main(arguments: BenchmarkArguments) -> None:
             device="cpu" if arguments.use_cpu else None,
             dtype=arguments.torch_dtype,
         )
-        done, wanted = output / name / "request.json", json.dumps(asdict(request), indent=2, default=str) + "\n"
-        if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
+        done = output / name / "request.json"
+        wanted = identity(asdict(request), place, *arguments.rewards, *arguments.clip, *arguments.sources())
+        if read_result(done, wanted) is None:
             print(f"{name}: {place} -> {output / name}")
             done.unlink(missing_ok=True)
             entrants = entrants or load_entrants(request)
             write_evaluation(run_evaluation(request, entrants), output / name)
-            done.write_text(wanted, encoding="utf-8")
+            write_result(done, wanted, {})
         comparisons[name] = json.loads((output / name / "evaluation.json").read_text(encoding="utf-8"))
     table = benchmark_table(comparisons)
     rows = [asdict(row) for row in benchmark_rows(comparisons)]
-    (output / "benchmark.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (output / "benchmark.md").write_text(table + "\n", encoding="utf-8")
+    write_whole(output / "benchmark.json", json.dumps(rows, indent=2) + "\n")
+    write_whole(output / "benchmark.md", table + "\n")
     print(table)
 
 

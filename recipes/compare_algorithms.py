@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,8 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
+
+from dina_reward.recipes.kept_results import identity, read_result, start_child, write_result, write_whole
 
 
 RECIPES = Path(__file__).parent
@@ -104,27 +105,26 @@ class Budget:
 
 def run(entry: Entry, seed: int, budget: Budget, directory: Path, threads: int) -> None:
     """One run in a process of its own; its figures appear in `result.json` when it has ended well."""
-    result_file, settings = directory / "result.json", {"seed": seed, **vars(budget), **entry.overrides}
-    settings = json.loads(json.dumps(settings))
-    if result_file.is_file() and json.loads(result_file.read_text())["settings"] == settings:
+    result_file, config = directory / "result.json", RECIPES / "configs" / f"{entry.config}.yaml"
+    settings = identity({"seed": seed, **vars(budget), **entry.overrides}, config)
+    if read_result(result_file, settings) is not None:
         return
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     command = [sys.executable, str(RECIPES / f"{entry.recipe}.py")]
-    options = {"config": RECIPES / "configs" / f"{entry.config}.yaml", "seed": seed, "output_dir": directory}
+    options = {"config": config, "seed": seed, "output_dir": directory}
     options |= {"save_strategy": "no", "disable_tqdm": True, **budget.options, **entry.overrides}
     for name, value in options.items():
         command += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(directory / "log.txt", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = start_child(command, log, environment)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}; see {directory / 'log.txt'}")
     costs = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_memory_mb": usage.ru_maxrss / 1024}
-    result = {"settings": settings, **summary(directory, budget.denoiser_calls), **costs}
-    result_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result_file, settings, {**summary(directory, budget.denoiser_calls), **costs})
 
 
 def summary(directory: Path, calls: int) -> dict[str, Any]:
@@ -349,8 +349,8 @@ def write_report(results: dict[str, list[dict[str, Any]]], budget: Budget, jobs:
         "runs": results,
     }
     text = markdown(table, budget.denoiser_calls) + "\n" + "\n\n".join(verdicts) + "\n"
-    (output / "comparison.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (output / "comparison.md").write_text(text, encoding="utf-8")
+    write_whole(output / "comparison.json", json.dumps(report, indent=1) + "\n")
+    write_whole(output / "comparison.md", text)
     draw(results, output / "comparison.png")
     draw_runs(results, output / "comparison_runs.png")
     return text

@@ -14,7 +14,7 @@ import dina_reward
 
 PACKAGE = Path(dina_reward.__file__).parent
 LAYERS = (
-    {"lazy", "quiet"},
+    {"lazy", "quiet", "stored", "checks"},
     {"noise", "likelihood"},
     {"families"},
     {"modeling"},

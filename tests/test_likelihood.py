@@ -254,3 +254,11 @@ def test_bradley_terry_with_soft_labels_by_hand(target: float, expected: float) 
         torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.4]), torch.tensor([target])
     )
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_bradley_terry_asks_each_side_for_the_margin() -> None:
+    loss = PreferenceLoss("bradley_terry", margin=1.0)
+    scores = torch.tensor([2.0]), torch.tensor([0.5])
+    found = loss.per_pair(*scores, torch.tensor([0.4]), torch.tensor([0.25]))
+    expected = 0.25 * math.log1p(math.exp(1 - 1.5)) + 0.75 * math.log1p(math.exp(1 + 1.5))
+    assert found.item() == pytest.approx(expected)

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from dina_reward import LatentReward, LatentRewardConfig, NonFiniteError
 from dina_reward.likelihood import ensemble_level
 from dina_reward.modeling import default_lora_config
+from dina_reward.noise import LevelSampler
 from tests.tiny_models import tiny_sd3_transformer
 
 
@@ -65,6 +67,26 @@ def test_seed_decides_everything(reward: LatentReward, latents: Tensor) -> None:
     assert not torch.equal(
         reward(latents, PROMPTS, generator=generator), reward(latents, PROMPTS, generator=generator)
     )
+
+
+def test_global_settings_of_torch_change_nothing(reward: LatentReward, latents: Tensor) -> None:
+    states = {"noise_level": 0.4}
+    expected = (reward(latents, PROMPTS, seed=3), reward.score_noisy(latents, PROMPTS, **states))
+    random = torch.Generator("cpu").manual_seed(0)
+    torch.manual_seed(0)
+    drawn = reward(latents, PROMPTS)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        scores = (reward(latents, PROMPTS, seed=3), reward.score_noisy(latents, PROMPTS, **states))
+        levels = LevelSampler("logit_normal").sample(4, generator=random)
+        torch.manual_seed(0)
+        assert torch.equal(reward(latents, PROMPTS), drawn)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(scores, expected, strict=True))
+    assert torch.equal(levels, LevelSampler("logit_normal").sample(4, generator=random.manual_seed(0)))
 
 
 @pytest.mark.parametrize("ensemble", ["tokens", "mean"])
@@ -353,6 +375,19 @@ def test_wrong_latents_are_refused(reward: LatentReward, latents: Tensor, kind: 
         ({"prompts": "a", "ensemble": "max"}, "'tokens' or 'mean', got 'max'"),
         ({"prompts": "a", "batch_size": 0}, "batch_size must be at least 1"),
         ({"prompts": "a", "seed": [1, 2]}, "2 seeds for 3 latents"),
+        ({"prompts": "a", "seed": 2**64}, "seeds have 64 bits"),
+        ({"prompts": "a", "seed": "12"}, "seed must be an integer or a sequence of integers, got str"),
+        ({"prompts": "a", "normalize": "false"}, "normalize must be True or False, got 'false'"),
+        ({"prompts": "a", "share_noise": "no"}, "share_noise must be True or False"),
+        ({"prompts": "a", "pooled_prompt_embeds": torch.zeros(3, 64)}, "belong to prompt_embeds"),
+        ({"prompts": "a", "prompt_embeds_mask": torch.ones(3, 5)}, "belong to prompt_embeds"),
+        ({"prompts": "a", "height": "x"}, "height and width must be positive numbers of pixels, got 'x'"),
+        ({"prompts": "a", "height": 64, "width": 4096}, "not the shape of an image of 4096 x 64 pixels"),
+        ({"prompts": {"a": 1, "b": 2, "c": 3}}, "prompts must be a string or a list of strings, got dict"),
+        ({"prompts": {"a", "b", "c"}}, "got set"),
+        ({"prompts": np.array(["a", "b", "c"])}, "got ndarray"),
+        ({"prompts": 3}, "got int"),
+        ({"prompts": iter("abc")}, "list of strings, got .*iterator"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -369,6 +404,13 @@ def test_noisy_scoring_needs_to_know_the_noise(reward: LatentReward, latents: Te
         reward.score_noisy(latents, "a cat", noise_level=[0.1, 0.2])
     with pytest.raises(ValueError, match="scheduler's range"):
         reward.score_noisy(latents, "a cat", timesteps=2000)
+    with pytest.raises(ValueError, match="if these are noise levels, pass them as `noise_level=`"):
+        reward.score_noisy(latents, "a cat", timesteps=0.4)
+    with pytest.raises(ValueError, match=r"one or a sequence with at least one, got shape \(1, 2\)"):
+        reward.score_noisy(latents, "a cat", timesteps=[[1, 2]])
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            reward.score_noisy(latents, "a cat", noise_level=0.4, batch_size=batch_size)
     per_row = reward.score_noisy(latents, "a cat", noise_level=[0.1, 0.4, 0.7])
     torch.testing.assert_close(per_row[1:2], reward.score_noisy(latents[1:2], "a cat", noise_level=0.4))
     torch.testing.assert_close(

@@ -13,6 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dina_reward.alignment.objectives.advantages import Aggregation, ScaleRewards
 from dina_reward.alignment.sampling.prompts import BatchGeometry
+from dina_reward.checks import check_choice, check_int, check_real, check_trainer_numbers, is_real
 
 
 @dataclass
@@ -166,10 +167,14 @@ class AlignmentConfig(TrainingArguments):
         """TrlParser stores YAML values as they are, so types are checked here too."""
         for name, least in _INTEGERS.items():
             check_int(self, name, least)
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, which is what numpy takes, got {self.seed}")
+        check_trainer_numbers(self)
         for name, low, high in _REALS:
             check_real(self, name, low, high)
+        for name in ("height", "width", "eval_height", "eval_width", "num_frames"):
+            if getattr(self, name) > _LARGEST_SIDE:
+                raise ValueError(f"{name} must be at most {_LARGEST_SIDE}, got {getattr(self, name)}")
+        if self.max_sequence_length is not None and self.max_sequence_length > 32_768:
+            raise ValueError(f"max_sequence_length must be at most 32768 tokens, got {self.max_sequence_length}")
         if self.ema_decay is not None:
             check_real(self, "ema_decay", 0, 1)
             if self.ema_decay in (0, 1):
@@ -271,6 +276,7 @@ class AlignmentConfig(TrainingArguments):
             )
 
 
+_LARGEST_SIDE = 16_384
 _INTEGERS = {
     "num_inference_steps": 2,
     "num_generations": 1,
@@ -296,33 +302,3 @@ _REALS = (
     ("guidance_scale", 0.0, math.inf),
     ("eval_guidance_scale", 0.0, math.inf),
 )
-
-
-def is_int(value: Any) -> bool:
-    """Whether a configuration value is an integer (and not a bool)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_real(value: Any) -> bool:
-    """Whether a configuration value is a finite number (and not a bool)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_int(config: object, name: str, least: int) -> None:
-    """Refuses a field that is not an integer of at least ``least``."""
-    value = getattr(config, name)
-    if not is_int(value) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def check_real(config: object, name: str, low: float, high: float) -> None:
-    """Refuses a field that is not a finite number in ``[low, high]``."""
-    value = getattr(config, name)
-    if not is_real(value) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuses a value that is not one of the choices."""
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from dina_reward.alignment.config import AlignmentConfig
+from dina_reward.stored import read_json
 from dina_reward.training.checkpointing import CheckpointedCallback
 
 
@@ -204,7 +205,7 @@ class CostCallback(CheckpointedCallback):
             raise ValueError(f"{directory} holds no {self.file_name}, so it is no checkpoint of an alignment trainer")
         self.counter.reset()
         self._seconds = 0.0
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         self._earlier = RunCosts(CallCounter(**stored["calls"]), stored["seconds"])
 
     def _stop_clock(self) -> None:

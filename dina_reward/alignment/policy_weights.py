@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dina_reward.checkpoints.atomic import atomic_directory
+from dina_reward.checkpoints.atomic import atomic_directory, atomic_files, settled
+from dina_reward.stored import open_tensors, parse_json
 from dina_reward.training.sharding import assign, is_main_process, whole
 
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 FULL_WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+FULL_MARKER = ".dina_reward"
 
 
 def save_lora(
@@ -44,14 +44,11 @@ def save_lora(
     tensors = {name: _scaled(tensor, scale) if ".lora_B." in name else tensor for name, tensor in tensors.items()}
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     metadata["lora_alpha"] = config["r"]
-    os.makedirs(directory, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".lora-") as staging:
+    with atomic_files(directory) as staging:
         # The keywords of every diffusers pipeline with a LoRA loader are named after the denoiser.
         type(pipeline).save_lora_weights(
             staging, **{f"{attribute}_lora_layers": tensors, f"{attribute}_lora_adapter_metadata": metadata}
         )
-        for name in os.listdir(staging):
-            os.replace(os.path.join(staging, name), os.path.join(directory, name))
 
 
 def load_lora(denoiser: nn.Module, directory: str, attribute: str, adapter_name: str) -> None:
@@ -62,8 +59,8 @@ def load_lora(denoiser: nn.Module, directory: str, attribute: str, adapter_name:
     """
     from peft import get_peft_model_state_dict
 
-    path = os.path.join(directory, LORA_WEIGHTS_NAME)
-    if not os.path.isfile(path):
+    path = settled(Path(directory, LORA_WEIGHTS_NAME))
+    if not path.is_file():
         raise ValueError(f"{directory} holds no {LORA_WEIGHTS_NAME}; it is not a checkpoint of this trainer")
     stored, metadata = _read_lora(path, f"{attribute}.")
     expected = get_peft_model_state_dict(denoiser, adapter_name=adapter_name)
@@ -85,24 +82,29 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
     return tensor * scale if math.frexp(scale)[0] == 0.5 else tensor.double() * scale
 
 
-def _read_lora(path: str, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_lora(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and PEFT configuration of the denoiser's adapter in a file, by their names in the denoiser."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
+            metadata = parse_json(
+                (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"), f"the metadata of {path}"
+            )
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Resume from an earlier checkpoint") from error
     return tensors, {name.removeprefix(prefix): value for name, value in metadata.items()}
 
 
 def save_full(denoiser: nn.Module, directory: str, attribute: str, class_name: str, write: bool | None = None) -> None:
-    """Writes the denoiser as ``save_pretrained`` does, into ``directory/attribute``, which is replaced as a whole.
+    """Writes the denoiser as ``save_pretrained`` does, into ``directory/attribute``, replacing what a run wrote there.
 
     Args:
         attribute: name of the denoiser in the pipeline.
         class_name: of the diffusers class; FSDP2 puts a class of its own in its place.
         write: whether this process writes; rank 0 by default. Sharded tensors are gathered on every rank.
+
+    Raises:
+        ValueError: the folder holds weights that no run wrote, such as those of the pipeline itself.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -110,7 +112,8 @@ def save_full(denoiser: nn.Module, directory: str, attribute: str, class_name: s
     if tensors is None:
         return
     config = {**json.loads(denoiser.to_json_string()), "_class_name": class_name}  # type: ignore[operator]
-    with atomic_directory(os.path.join(directory, attribute)) as staging:
+    with atomic_directory(os.path.join(directory, attribute), marker=FULL_MARKER) as staging:
+        (staging / FULL_MARKER).write_text("Weights that dina_reward trained; the next save replaces this folder.\n")
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         save_torch_state_dict(
             tensors, staging, filename_pattern=FULL_WEIGHTS_PATTERN, max_shard_size="10GB", metadata={"format": "pt"}
@@ -123,7 +126,7 @@ def load_full(denoiser: nn.Module, directory: str, attribute: str) -> None:
     Raises:
         ValueError: the files are missing, or do not hold exactly the denoiser's tensors.
     """
-    folder = Path(directory, attribute)
+    folder = settled(Path(directory, attribute))
     paths = sorted(folder.glob(FULL_WEIGHTS_PATTERN.format(suffix="*")))
     if not paths:
         raise ValueError(f"{folder} holds no {FULL_WEIGHTS_PATTERN.format(suffix='')}; is it a checkpoint of a LoRA?")
@@ -131,7 +134,7 @@ def load_full(denoiser: nn.Module, directory: str, attribute: str) -> None:
     shapes = {name: shape for path in paths for name, shape in _stored_shapes(path)}
     _check_fit(shapes, expected, f"{folder} does not fit this denoiser", "Resume with the pipeline of that run")
     for path in paths:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118
                 assign(expected[name], file.get_tensor(name))
 
@@ -148,7 +151,7 @@ def _gathered(tensors: Mapping[str, Tensor], write: bool | None) -> dict[str, Te
 
 
 def _stored_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         for name in file.keys():  # noqa: SIM118
             yield name, tuple(file.get_slice(name).get_shape())
 

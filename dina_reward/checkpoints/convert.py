@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from dina_reward.checkpoints.atomic import settled
 from dina_reward.checkpoints.native import (
     HEAD_FILE,
     MODEL_TYPE,
@@ -20,6 +21,7 @@ from dina_reward.checkpoints.parts import (
     CONFIG_FILE,
     Checkpoint,
     CheckpointError,
+    check_sizes,
     count_parameters,
     read_json,
 )
@@ -40,7 +42,7 @@ def resolve_checkpoint(
     Raises:
         CheckpointError: neither a directory nor a hub repository that can be reached.
     """
-    path = Path(path_or_id).expanduser()
+    path = settled(Path(path_or_id).expanduser())
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
@@ -72,9 +74,9 @@ def read_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     directory = Path(directory)
     config = read_json(directory / CONFIG_FILE)
     if config.get("model_type") == MODEL_TYPE:
-        return read_native(directory, config)
+        return check_sizes(read_native(directory, config))
     if isinstance(config.get("model"), dict) and "reward_head" in config["model"]:
-        return read_published(directory, config["model"])
+        return check_sizes(read_published(directory, config["model"]))
     raise CheckpointError(
         f"{directory / CONFIG_FILE} describes no latent reward: expected model_type {MODEL_TYPE!r} or the published "
         f"reference layout, found keys {sorted(config)[:8]}"

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from dina_reward.modeling import LatentRewardConfig
 
 
+CARD_HEADER = "library_name: dina_reward"
+"""A line of every card that `model_card` makes."""
+
+
 def model_card(config: LatentRewardConfig, lora_config: LoraConfig) -> str:
     """Markdown with the hub's metadata header, the reward's settings and how to use it."""
     backbone = config.backbone_model_id
     on_hub = backbone is not None and "/" in backbone and not backbone.startswith((".", "/"))
-    header = ["library_name: dina_reward", "tags:", "- reward-model", "- diffusion", "- lora", "- arxiv:2602.11146"]
+    header = [CARD_HEADER, "tags:", "- reward-model", "- diffusion", "- lora", "- arxiv:2602.11146"]
     if on_hub:
         header.insert(0, f"base_model: {backbone}")
     variance = f"Thurstone, variance {config.variance_scale} sigma^2 + {config.variance_offset}"

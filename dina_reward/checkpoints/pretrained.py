@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
 from typing import Any, Self, cast
@@ -15,10 +16,16 @@ from dina_reward.backbones.attach import AttachedBackbone, BackboneSource, attac
 from dina_reward.backbones.sharing import SharedBackboneError
 from dina_reward.checkpoints.convert import read_checkpoint, resolve_checkpoint
 from dina_reward.checkpoints.native import write_checkpoint
-from dina_reward.checkpoints.parts import Checkpoint, check_state
+from dina_reward.checkpoints.parts import Checkpoint, CheckpointError, check_state
 from dina_reward.families import get_family
 from dina_reward.modeling import LatentRewardConfig, LatentRewardModel, default_lora_config
+from dina_reward.modeling.config import lora_facts
 from dina_reward.modeling.prompt_encoding import PromptEncoder
+from dina_reward.stored import check_same
+
+
+_NOT_OF_THE_WEIGHTS = {"backbone_model_id", "backbone_config", "scheduler_config"}
+"""Where the backbone comes from; that it fits is checked when it is attached."""
 
 
 class PretrainedReward:
@@ -109,7 +116,8 @@ class PretrainedReward:
             hub,
         )
         attached = attach_backbone(checkpoint.config, source)
-        reward = cls(attached, checkpoint.lora_config, pipeline=pipeline, prompt_cache_size=prompt_cache_size)
+        with torch.random.fork_rng():  # the initial weights are drawn, then replaced
+            reward = cls(attached, checkpoint.lora_config, pipeline=pipeline, prompt_cache_size=prompt_cache_size)
         reward._load(checkpoint)
         return reward.eval()
 
@@ -150,7 +158,7 @@ class PretrainedReward:
         attached = attach_backbone(config, source)
         lora_config = lora_config or default_lora_config(attached.config)
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(operator.index(seed))
             reward = cls(attached, lora_config, pipeline=pipeline, prompt_cache_size=prompt_cache_size)
         return reward.train()
 
@@ -158,6 +166,11 @@ class PretrainedReward:
     def device(self) -> torch.device:
         """Device scores are computed on."""
         return self.model.device
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """PEFT configuration of the reward's LoRA."""
+        return cast(LoraConfig, self.model.backbone.peft_config["default"])
 
     @property
     def shares_backbone(self) -> bool:
@@ -264,13 +277,30 @@ class PretrainedReward:
         """Loads adapter and head of a native checkpoint of this same reward into it, strictly.
 
         Raises:
-            CheckpointError: (a `ValueError`) keys, shapes or files do not fit.
+            CheckpointError: (a `ValueError`) it is of another configuration; or keys, shapes or files do not fit.
         """
         merged = self.merged
+        checkpoint = read_checkpoint(directory)
+        self.check_same(checkpoint, str(directory))
         self.unmerge_lora()
-        self._load(read_checkpoint(directory))
+        self._load(checkpoint)
         if merged:
             self.merge_lora()
+
+    def check_same(self, checkpoint: Checkpoint, where: str) -> None:
+        """Refuses weights of a reward with another configuration or LoRA, which names and shapes may not show.
+
+        Raises:
+            CheckpointError: (a `ValueError`) naming what differs.
+        """
+        check_same(
+            {**checkpoint.config.to_dict(), **lora_facts(checkpoint.lora_config)},
+            {**self.config.to_dict(), **lora_facts(self.lora_config)},
+            f"{where} is of another reward",
+            "Load it with LatentReward.from_pretrained, or build this one with the same configuration",
+            may_differ=_NOT_OF_THE_WEIGHTS,
+            error=CheckpointError,
+        )
 
     def _load(self, checkpoint: Checkpoint) -> None:
         backbone, head = self.model.backbone, self.model.head
@@ -284,7 +314,7 @@ class PretrainedReward:
         backbone = self.model.backbone
         return Checkpoint(
             config=self.config,
-            lora_config=cast(LoraConfig, backbone.peft_config["default"]),
+            lora_config=self.lora_config,
             adapter=get_peft_model_state_dict(backbone),
             head=dict(self.model.head.state_dict()),
         )

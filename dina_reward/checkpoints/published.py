@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,15 @@ def read_published(directory: Path, model: dict[str, Any]) -> Checkpoint:
     """Reads the reference layout, whose ``config.json`` holds ``model``."""
     adapter_directory = directory / REFERENCE_ADAPTER_DIRECTORY
     lora_config = read_lora_config(adapter_directory)
+    try:
+        config = _reference_config(model, read_json(adapter_directory / ADAPTER_CONFIG_FILE))
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{directory / 'config.json'} describes no reward: {reason}") from error
     return Checkpoint(
-        config=_reference_config(model, read_json(adapter_directory / ADAPTER_CONFIG_FILE)),
+        config=config,
         lora_config=lora_config,
         adapter=read_safetensors(adapter_directory / ADAPTER_FILE),
         head=_read_pickled_head(directory / REFERENCE_HEAD_FILE),
@@ -79,7 +85,9 @@ def _reference_config(model: dict[str, Any], adapter_config: dict[str, Any]) -> 
 def _read_pickled_head(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(existing(path), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged archive makes torch stumble in many ways
         raise CheckpointError(f"{path} is truncated or holds more than tensors: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} must hold a state dict of tensors")

@@ -16,7 +16,7 @@ from dina_reward.cli.options import (
     SchemaOption,
     SplitOption,
 )
-from dina_reward.quiet import dtype_option, no_loading_bars
+from dina_reward.quiet import no_loading_bars
 
 
 if TYPE_CHECKING:
@@ -180,11 +180,12 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
     from accelerate import init_empty_weights
     from huggingface_hub.errors import HFValidationError
 
+    from dina_reward.backbones.pipelines import load_pipeline, pipeline_index
     from dina_reward.families import family_of_class
 
     name = pipeline_path(name)
     try:
-        index = diffusers.DiffusionPipeline.load_config(name)
+        index = pipeline_index(name)
         family = family_of_class(getattr(diffusers, index["_class_name"]))
         attribute = family.denoiser_attribute
         denoiser_class = getattr(diffusers, index[attribute][1])
@@ -195,9 +196,7 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
         absent += () if text else ("text_encoder", "tokenizer")
         missing = {part: None for part in index if part.startswith(absent)}
         with no_loading_bars():
-            loaded = diffusers.DiffusionPipeline.from_pretrained(
-                name, **dtype_option(getattr(torch, dtype)), **{attribute: denoiser}, **missing
-            )
+            loaded = load_pipeline(name, dtype=getattr(torch, dtype), **{attribute: denoiser}, **missing)
     except (OSError, HFValidationError, KeyError, AttributeError) as error:
         raise ValueError(f"{name!r} is no diffusers pipeline that can be loaded: {error}") from error
     for part, module in loaded.components.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -129,6 +130,10 @@ def evaluate(
     """
     from dina_reward.cli.eval_run import DEFAULT_COLUMNS, EvalRequest, run_evaluation
 
+    if tie_threshold is not None and not (math.isfinite(tie_threshold) and tie_threshold >= 0):
+        raise ValueError(f"--tie-threshold must be a number of at least 0, got {tie_threshold}")
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output must be a directory, but {output} is a file")
     request = EvalRequest(
         rewards=list(rewards or ()),
         dataset=dataset,
@@ -192,6 +197,6 @@ def _kinds(text: str) -> list[Literal["tokens", "mean"]]:
 
 
 def _whole(number: float) -> int:
-    if number != int(number) or number < 1:
+    if not math.isfinite(number) or number != int(number) or number < 1:
         raise ValueError(f"--draws takes whole numbers of at least 1, got {number:g}")
     return int(number)

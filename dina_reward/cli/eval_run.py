@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dina_reward.checkpoints.atomic import atomic_files
 from dina_reward.cli.console import in_terminal
 from dina_reward.cli.score_run import load_pipeline, locate_reward
 from dina_reward.data import BrokenRows, CachedPreferences, Preference, load_preferences, read_preferences
@@ -155,11 +156,11 @@ def _with_advice(
 
 def write_evaluation(comparison: Comparison, directory: Path) -> None:
     """Writes ``evaluation.json``, ``evaluation.md`` and ``evaluation.png``."""
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(comparison.to_dict(), indent=2, allow_nan=False)
-    (directory / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-    (directory / "evaluation.md").write_text(comparison_table(comparison) + "\n", encoding="utf-8")
-    plot_comparison(comparison, directory / "evaluation.png")
+    with atomic_files(directory) as staging:
+        (staging / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        (staging / "evaluation.md").write_text(comparison_table(comparison) + "\n", encoding="utf-8")
+        plot_comparison(comparison, staging / "evaluation.png")
 
 
 @dataclass(frozen=True)

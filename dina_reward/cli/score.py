@@ -71,6 +71,8 @@ def score(
     from dina_reward.cli.score_run import score_files
     from dina_reward.data.files import read_lines
 
+    if prompt and prompts_file is not None:
+        raise ValueError("--prompt and --prompts-file exclude each other; give the prompts in one way")
     prompts = read_lines(prompts_file) if prompts_file is not None else (prompt or [])
     rows = score_files(
         inputs,

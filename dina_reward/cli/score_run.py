@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
 from dina_reward.checkpoints import read_checkpoint, resolve_checkpoint
 from dina_reward.cli.console import pipeline_path, reward_path
 from dina_reward.data.files import decode_image
 from dina_reward.noise.draws import fold_seed
-from dina_reward.quiet import dtype_option, no_loading_bars
+from dina_reward.quiet import no_loading_bars
 from dina_reward.reward import LatentReward
+from dina_reward.stored import read_tensors
 
 
 IMAGE_NOISE_LEVEL = 0.1
@@ -93,13 +93,14 @@ def locate_reward(reward: str, pipeline: str | None) -> tuple[Path, str]:
 
 def load_pipeline(model_id: str, *, device: str | None = None, dtype: str = "float32") -> Any:
     """A diffusers pipeline without progress bar, on the given device or on the GPU where there is one."""
-    from diffusers import DiffusionPipeline
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        path = pipeline_path(model_id)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {device!r} here: {str(error).splitlines()[0]}") from error
+    try:
         with no_loading_bars():
-            pipeline = DiffusionPipeline.from_pretrained(path, **dtype_option(getattr(torch, dtype))).to(device)
+            pipeline = open_pipeline(pipeline_path(model_id), dtype=getattr(torch, dtype)).to(device)
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"cannot load the pipeline {model_id!r}: {error}. Give another one with --pipeline"
@@ -119,13 +120,13 @@ def _read(path: Path, prompt: str, reward: LatentReward, pipeline: Any) -> list[
 
 
 def _read_latents(path: Path) -> Tensor:
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+    tensors = read_tensors(path)
     if "latents" not in tensors:
         raise ValueError(f"{path} has no tensor 'latents', only {sorted(tensors)}")
-    return tensors["latents"]
+    latents = tensors["latents"]
+    if latents.ndim < 2 or not len(latents):
+        raise ValueError(f"{path} has latents of shape {tuple(latents.shape)}; expected a batch with at least one")
+    return latents
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from dina_reward.data.broken import BrokenRowError
 from dina_reward.data.buckets import BucketRule
 from dina_reward.data.cache_index import PairSource
 from dina_reward.families import ModelFamily
+from dina_reward.stored import check_same, read_json
 
 
 MANIFEST_NAME = "manifest.json"
@@ -27,9 +28,9 @@ FORMAT = "dina_reward latent cache"
 FORMAT_VERSION = 1
 _PROBED_ROWS = 32
 _REMEDY = {
-    "pipeline": "use the pipeline that the cache was begun with",
-    "dataset": "use the dataset, split, seed and filters that the cache was begun with",
-    "settings": "use the options that the cache was begun with",
+    "pipeline": "Use the pipeline that the cache was begun with",
+    "dataset": "Use the dataset, split, seed and filters that the cache was begun with",
+    "settings": "Use the options that the cache was begun with",
 }
 
 
@@ -115,8 +116,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = Path(directory, MANIFEST_NAME)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{directory} holds no latent cache: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path} is not the manifest of a latent cache")
@@ -130,30 +131,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def is_cache(directory: Path) -> bool:
     """Whether a directory holds a latent cache, finished or not, of whatever version."""
     try:
-        manifest = json.loads(Path(directory, MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(Path(directory, MANIFEST_NAME))
+    except ValueError:
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], directory: Path) -> None:
-    wanted = json.loads(json.dumps(wanted))
     for part, remedy in _REMEDY.items():
-        before, now = found.get(part, {}), wanted[part]
-        different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if different:
-            details = "; ".join(
-                f"{key}: {_short(before.get(key))} there, {_short(now.get(key))} now" for key in different
-            )
-            raise ValueError(
-                f"{directory} holds a cache of another {part.removesuffix('s')} ({details}); {remedy}, or write to "
-                "another directory"
-            )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        fault = f"{directory} holds a cache of another {part.removesuffix('s')}"
+        check_same(found.get(part, {}), wanted[part], fault, f"{remedy}, or write to another directory", both=True)
 
 
 def pipeline_fingerprint(pipeline: Any, family: ModelFamily, prompt_embeds: bool) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +86,14 @@ class CachedPreferences(Dataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """Digest of what the cache was made from and of its pairs, by which a training run knows its dataset again."""
+        made = {name: self.manifest[name] for name in ("dataset", "pipeline", "settings")}
+        digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode())
+        for name in sorted(self._numbers):
+            digest.update(self._numbers[name].tobytes())
+        return digest.hexdigest()
 
     @property
     def bucket_of(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -56,6 +57,12 @@ class LatentRows(Dataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """Digest of which rows of the reader there are, by which a training run knows its dataset again."""
+        digest = hashlib.sha256(self._pairs.tobytes())
+        digest.update(b"" if self.bucket_of is None else self.bucket_of.tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads a row.

@@ -161,6 +161,8 @@ def _conditioning(record: Mapping[str, Any], prompt: str) -> Conditioning | None
             f"prompt_embeds_mask has {mask.shape[1]} entries for {tensors['prompt_embeds'].shape[1]} tokens (prompt "
             f"{prompt!r})"
         )
+    if mask is not None and (bool(((mask != 0) & (mask != 1)).any()) or not bool(mask.any())):
+        raise ValueError(f"prompt_embeds_mask must be true or false, and true for some token (prompt {prompt!r})")
     return Conditioning(
         _embedding(tensors["prompt_embeds"], prompt),
         _embedding(tensors["pooled_prompt_embeds"], prompt) if "pooled_prompt_embeds" in tensors else None,

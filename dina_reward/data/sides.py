@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dina_reward.data.files import decode_image, to_rgb
+from dina_reward.stored import parse_json
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def stored_value(column: Any, index: int = 0, position: int | None = None) -> St
     if scalar is None or not scalar.is_valid:
         return None
     if is_json or (position is not None and isinstance(scalar, (pa.StringScalar, pa.LargeStringScalar))):
-        value = json.loads(scalar.as_py())
+        value = parse_json(scalar.as_py(), "the value")
         return value if position is None else value[position]
     if position is not None:
         scalar = scalar.values[position]
@@ -151,8 +151,8 @@ def published_shape(shape: Any) -> tuple[int, ...]:
     """
     try:
         numbers = tuple(int(n) for n in (ast.literal_eval(shape) if isinstance(shape, str) else shape))
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"the published shape of a latent is no list of numbers: {shape!r}") from error
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the published shape of a latent is no list of numbers: {str(shape)[:80]!r}") from error
     return numbers[1:] if len(numbers) == 4 and numbers[0] == 1 else numbers
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dina_reward.checkpoints.atomic import atomic_directory
+from dina_reward.checkpoints.atomic import atomic_directory, settled
 from dina_reward.data.records import check_columns, collate_preferences
+from dina_reward.stored import read_json, read_tensors
 
 
 if TYPE_CHECKING:
@@ -50,7 +52,13 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         p_chosen: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> None:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts must be a list of strings, one per pair, got {type(prompts).__name__}")
         self.prompts = list(prompts)
+        if not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError("prompts must be a list of strings, one per pair; some are no strings")
+        for name, latents in (("chosen", chosen), ("rejected", rejected)):
+            _check_latents(name, latents)
         pairs = len(self.prompts)
         if chosen.shape != rejected.shape or chosen.shape[0] != pairs:
             raise ValueError(
@@ -60,9 +68,11 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         self.chosen, self.rejected = chosen, rejected
         self.p_chosen = torch.ones(pairs) if p_chosen is None else p_chosen
         self.weight = torch.ones(pairs) if weight is None else weight
-        for name, values in (("p_chosen", self.p_chosen), ("weight", self.weight)):
+        for name, values, high in (("p_chosen", self.p_chosen, 1.0), ("weight", self.weight, math.inf)):
             if values.shape != (pairs,):
                 raise ValueError(f"{name} has shape {tuple(values.shape)}; expected ({pairs},), one value per pair")
+            if not bool(((values >= 0) & (values <= high) & torch.isfinite(values)).all()):
+                raise ValueError(f"{name} must be finite numbers in [0, {high:g}], got {values.tolist()[:4]} ...")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -75,6 +85,14 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
             "p_chosen": float(self.p_chosen[index]),
             "weight": float(self.weight[index]),
         }
+
+    def fingerprint(self) -> str:
+        """Digest of everything in it, by which a training run knows its dataset again."""
+        digest = hashlib.sha256(json.dumps(self.prompts).encode())
+        for tensor in (self.chosen, self.rejected, self.p_chosen, self.weight):
+            digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def from_records(cls, records: Iterable[Mapping[str, Any]]) -> LatentPreferenceDataset:
@@ -90,9 +108,13 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         return cls(batch["prompts"], batch["chosen"], batch["rejected"], batch["p_chosen"], batch["weight"])
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``preferences.safetensors`` and ``prompts.json``; the directory is replaced as a whole."""
+        """Writes ``preferences.safetensors`` and ``prompts.json``; older preferences are replaced as a whole.
+
+        Raises:
+            ValueError: the directory holds other files, or is the working directory.
+        """
         tensors = {name: getattr(self, name).contiguous() for name in ("chosen", "rejected", "p_chosen", "weight")}
-        with atomic_directory(directory) as staging:
+        with atomic_directory(directory, marker=TENSORS_NAME) as staging:
             save_file(tensors, staging / TENSORS_NAME, metadata={"format": "pt"})
             (staging / PROMPTS_NAME).write_text(json.dumps(self.prompts, ensure_ascii=False), encoding="utf-8")
 
@@ -103,17 +125,32 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         Raises:
             ValueError: a file is missing or damaged, or their lengths differ.
         """
-        tensors_path, prompts_path = Path(directory, TENSORS_NAME), Path(directory, PROMPTS_NAME)
+        directory = settled(directory)
+        tensors_path, prompts_path = directory / TENSORS_NAME, directory / PROMPTS_NAME
         for path in (tensors_path, prompts_path):
             if not path.is_file():
                 raise ValueError(f"{path} is missing; expected {TENSORS_NAME} and {PROMPTS_NAME} in {directory}")
         try:
-            tensors = load_file(tensors_path)
-            prompts = json.loads(prompts_path.read_text(encoding="utf-8"))
-        except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            tensors = read_tensors(tensors_path)
+            prompts = read_json(prompts_path)
+        except ValueError as error:
             raise ValueError(f"the preferences in {directory} are damaged: {error}") from error
         check_columns(["prompt", *tensors])
-        return cls(prompts, tensors["chosen"], tensors["rejected"], tensors.get("p_chosen"), tensors.get("weight"))
+        try:
+            return cls(prompts, tensors["chosen"], tensors["rejected"], tensors.get("p_chosen"), tensors.get("weight"))
+        except ValueError as error:
+            raise ValueError(f"the preferences in {directory} cannot be used: {error}") from error
+
+
+def _check_latents(name: str, latents: Any) -> None:
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim < 3:
+        found = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"{name} must be a floating-point tensor of latents, (pairs, ...), got {found}")
+    finite = torch.isfinite(latents).flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"{name} holds NaN or infinite values in the pairs {(~finite).nonzero().flatten().tolist()[:8]}"
+        )
 
 
 def load_preferences(
@@ -140,7 +177,7 @@ def load_preferences(
     from dina_reward.data.latent_rows import LatentRows
 
     filters = {"min_confidence": min_confidence, "max_pairs_per_prompt": max_pairs_per_prompt}
-    rows = _open(Path(path), str(path), split, filters)
+    rows = _open(settled(path), str(path), split, filters)
     given = [name for name, value in filters.items() if value is not None]
     if given and not isinstance(rows, LatentRows):
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from dina_reward.checks import check_fields
 from dina_reward.families import family_of, get_family
 from dina_reward.likelihood import LikelihoodName, PreferenceModel, preference_model
 from dina_reward.modeling.heads.config import RewardHeadConfig
@@ -13,6 +14,21 @@ from dina_reward.modeling.heads.config import RewardHeadConfig
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+
+_LONGEST_PROMPT = 32_768
+_LORA_FACTS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+)
 
 
 @dataclass(frozen=True)
@@ -54,14 +70,18 @@ class LatentRewardConfig:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
-        set_field(self, "visual_taps", tuple(self.visual_taps))
-        if not isinstance(self.noise_level, (int, float)):
-            set_field(self, "noise_level", tuple(self.noise_level))
+        for name in ("visual_taps", "text_taps", "noise_level"):
+            if isinstance(getattr(self, name), list):
+                set_field(self, name, tuple(getattr(self, name)))
         if isinstance(self.head, Mapping):
             set_field(self, "head", _dataclass_from(RewardHeadConfig, self.head, "head configuration"))
+        if not isinstance(self.head, RewardHeadConfig):
+            raise ValueError(f"head must be a RewardHeadConfig or a dictionary of its fields, got {self.head!r}")
+        if self.noise_level == ():
+            raise ValueError("noise_level is empty; name at least one level, e.g. 0.4")
         if self.text_taps is None:
             set_field(self, "text_taps", self.visual_taps if self.head.use_text_features else ())
-        set_field(self, "text_taps", tuple(self.text_taps))  # type: ignore[arg-type]
+        check_fields(self)
         for name in ("visual_taps", "text_taps"):
             taps = getattr(self, name)
             if list(taps) != sorted(set(taps)) or any(not 1 <= tap <= self.num_layers for tap in taps):
@@ -72,6 +92,7 @@ class LatentRewardConfig:
             raise ValueError("visual_taps is empty; name at least one block to read")
         if self.head.use_text_features and not self.text_taps:
             raise ValueError("text_taps is empty but head.use_text_features is true")
+        check_fields(self, num_layers=(1, 10_000), noise_level=(0, 1), max_sequence_length=(1, _LONGEST_PROMPT))
         if self.variance_scale < 0 or self.variance_offset <= 0 or self.score_scale <= 0:
             raise ValueError(
                 "variance_scale must be >= 0, variance_offset and score_scale > 0, got "
@@ -145,6 +166,14 @@ def default_lora_config(
         target_modules=list(targets),
         exclude_modules=last if unread else None,
     )
+
+
+def lora_facts(lora_config: LoraConfig) -> dict[str, Any]:
+    """What of a LoRA's configuration decides what its weights mean, in a form that JSON can hold."""
+    values = lora_config.to_dict()
+    return {
+        f"LoRA {name}": sorted(values[name]) if isinstance(values[name], set) else values[name] for name in _LORA_FACTS
+    }
 
 
 def _dataclass_from(cls: type, values: Mapping[str, Any], what: str) -> Any:

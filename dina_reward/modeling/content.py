@@ -30,7 +30,7 @@ class TextEncoderState:
 
     def __init__(self, pipeline: Any) -> None:
         self._structure = _structure(pipeline)
-        self._content = _content(_encoders(pipeline))
+        self._content = _content(text_encoders(pipeline))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -47,14 +47,15 @@ def _parts(pipeline: Any, prefix: str) -> list[Any]:
     return [part for name, part in attributes if name.startswith(prefix) and part is not None]
 
 
-def _encoders(pipeline: Any) -> list[nn.Module]:
+def text_encoders(pipeline: Any) -> list[nn.Module]:
+    """The attributes ``text_encoder*`` of a pipeline that are modules."""
     return [part for part in _parts(pipeline, "text_encoder") if isinstance(part, nn.Module)]
 
 
 def _structure(pipeline: Any) -> list[Any]:
     """Identities, vocabulary sizes, counts of changes in place, and how strong which adapters are."""
     facts: list[Any] = [(id(part), len(part)) for part in _parts(pipeline, "tokenizer") if hasattr(part, "__len__")]
-    for encoder in _encoders(pipeline):
+    for encoder in text_encoders(pipeline):
         # Training one token's embedding changes a single row, which probes may miss.
         facts.append((id(encoder), sum(p._version for p in encoder.parameters() if not p.is_inference())))
         for layer in encoder.modules():
@@ -72,4 +73,9 @@ def _content(modules: Sequence[nn.Module]) -> Tensor:
         for parameter in module.parameters():
             if type(parameter) is nn.Parameter and not parameter.is_meta:
                 by_device[parameter.device, parameter.dtype].append(probe(parameter))
-    return torch.cat([torch.empty(0), *(torch.cat(views).float().cpu() for views in by_device.values())])
+    return torch.cat(
+        [
+            torch.empty(0, device="cpu", dtype=torch.float32),
+            *(torch.cat(views).float().cpu() for views in by_device.values()),
+        ]
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dina_reward.checks import is_int
 from dina_reward.families import Conditioning, ModelFamily
 
 
@@ -52,9 +53,37 @@ def expand_prompts(prompts: str | Sequence[str], batch: int) -> list[str]:
     """
     if isinstance(prompts, str):
         return [prompts] * batch
+    if isinstance(prompts, (Mapping, Set, bytes)) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts must be a string or a list of strings, got {type(prompts).__name__}")
     if len(prompts) != batch:
         raise ValueError(f"got {len(prompts)} prompts for {batch} latents; give one prompt per latent, or one string")
     return list(prompts)
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuses what is neither true nor false, such as the text ``"false"``, which would be true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_size(latents: Tensor, height: int | None, width: int | None) -> None:
+    """Refuses a size in pixels that spatial latents cannot be of.
+
+    Args:
+        latents: spatial layout, ``(batch, ..., height, width)``.
+
+    Raises:
+        ValueError: no positive integers, or another aspect ratio than that of the latents.
+    """
+    given = [size for size in (height, width) if size is not None]
+    if not all(is_int(size) and size > 0 for size in given):
+        raise ValueError(f"height and width must be positive numbers of pixels, got {height!r} and {width!r}")
+    rows, columns = latents.shape[-2:]
+    if height is not None and width is not None and abs(height * columns - width * rows) > max(height, width):
+        raise ValueError(
+            f"the latents are {columns} x {rows}, which is not the shape of an image of {width} x {height} pixels"
+        )
 
 
 def check_embeddings(

@@ -53,12 +53,12 @@ def draw_noise(
     rows = 1 if share_noise else batch
     if seed is None:
         device = latents.device if generator is None else generator.device
-        drawn = torch.randn((num_samples, rows, *shape), generator=generator, device=device)
+        drawn = torch.randn((num_samples, rows, *shape), generator=generator, device=device, dtype=torch.float32)
     else:
         if share_noise and np.ndim(cast(Any, seed)) > 0:
             raise ValueError("share_noise=True gives all rows one draw; pass a single integer seed with it")
         seeds = row_seeds(seed, rows)
-        streams = (torch.Generator().manual_seed(row_seed) for row_seed in seeds)
+        streams = (torch.Generator("cpu").manual_seed(row_seed) for row_seed in seeds)
         drawn = torch.stack([_samples(shape, num_samples, stream) for stream in streams], dim=1)
     return drawn.to(latents.device).expand(num_samples, batch, *shape)
 
@@ -124,7 +124,9 @@ def _level_seed(seed: int | Sequence[int] | Tensor | None, level: float) -> int 
 
 def _samples(shape: tuple[int, ...], num_samples: int, stream: torch.Generator) -> Tensor:
     # One call per sample: torch fills large and small tensors in different orders.
-    return torch.stack([torch.randn(shape, generator=stream) for _ in range(num_samples)])
+    # Dtype and device by name, so that torch's global defaults change nothing.
+    draws = [torch.randn(shape, generator=stream, device="cpu", dtype=torch.float32) for _ in range(num_samples)]
+    return torch.stack(draws)
 
 
 def row_seeds(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor, batch: int) -> list[int]:
@@ -151,12 +153,20 @@ def _integer(value: Any) -> int:
     try:
         if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
             raise TypeError("a truth value")
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise ValueError(f"seeds must be integers, got {value!r}; fractions are not cut") from None
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seeds have 64 bits, got {number}")
+    return number
 
 
 def _given_noise(noise: Tensor, latents: Tensor, num_samples: int) -> Tensor:
+    if num_samples > 1 and (noise.ndim == latents.ndim or len(noise) == 1):
+        raise ValueError(
+            f"num_noise_samples={num_samples}, but the given noise has one draw, which would be scored so often; give noise "
+            f"of shape {(num_samples, *latents.shape)}"
+        )
     target = (num_samples, *latents.shape)
     if noise.ndim == latents.ndim:
         noise = noise.unsqueeze(0)

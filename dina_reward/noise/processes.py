@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dina_reward.checks import check_fields, scheduler_config_checked
+
 
 _DDPM_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -75,7 +77,7 @@ class NoiseProcess(ABC):
         Raises:
             ValueError: a level is not finite or lies outside ``[0, 1]``. Values above 1 are usually timesteps.
         """
-        wanted = torch.atleast_1d(torch.as_tensor(noise_level, dtype=torch.float32)).cpu()
+        wanted = torch.atleast_1d(torch.as_tensor(noise_level, dtype=torch.float32, device="cpu"))
         if wanted.ndim != 1 or wanted.numel() == 0:
             raise ValueError(
                 f"noise_level must be one level or a sequence with at least one, got shape {tuple(wanted.shape)}"
@@ -93,8 +95,15 @@ class NoiseProcess(ABC):
         Raises:
             ValueError: a timestep lies outside the grid. Values that are all below 1 are usually noise levels.
         """
-        wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32)).cpu()
+        wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32, device="cpu"))
+        if wanted.ndim != 1 or wanted.numel() == 0:
+            raise ValueError(f"timesteps must be one or a sequence with at least one, got shape {tuple(wanted.shape)}")
         low, high = float(self.timesteps.min()), float(self.timesteps.max())
+        if bool(((wanted > 0) & (wanted < 1)).all()):
+            raise ValueError(
+                f"timesteps {wanted.tolist()} lie between 0 and 1, where the grid goes up to {high:.4g}; if these are noise "
+                "levels, pass them as `noise_level=`"
+            )
         if not bool(((wanted >= 0) & (wanted <= high + 1)).all()):
             raise ValueError(
                 f"timesteps must lie in the scheduler's range [{low:.4g}, {high:.4g}], got {wanted.tolist()}. "
@@ -147,7 +156,8 @@ class VariancePreservingNoise(NoiseProcess):
                 "this model is a DDPM, but the scheduler is a flow-matching one; pass `scheduler=` with the model's own"
             )
         scheduler = DDPMScheduler.from_config(dict(config))
-        return cls(levels=(1 - scheduler.alphas_cumprod).sqrt(), timesteps=torch.arange(len(scheduler.alphas_cumprod)))
+        levels = (1 - scheduler.alphas_cumprod).sqrt()
+        return cls(levels=levels, timesteps=torch.arange(len(levels), device=levels.device))
 
     def signal(self, level: Tensor) -> Tensor:
         return (1 - level**2).clamp(min=0).sqrt()
@@ -159,7 +169,7 @@ def is_flow_matching(scheduler_config: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: it describes neither flow matching nor DDPM; see `check_known_process`.
     """
-    check_known_process(scheduler_config)
+    check_known_process(scheduler_config_checked(scheduler_config))
     if scheduler_config.get("use_flow_sigmas") or scheduler_config.get("prediction_type") == "flow_prediction":
         return True
     return "beta_schedule" not in scheduler_config and "beta_start" not in scheduler_config
@@ -231,6 +241,7 @@ class LevelSampler:
         known = LevelDistribution.__args__  # type: ignore[attr-defined]
         if self.distribution not in known:
             raise ValueError(f"unknown level distribution {self.distribution!r}; choose one of {', '.join(known)}")
+        check_fields(self)
         for name in ("std", "exponent", "alpha", "beta"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"LevelSampler.{name} must be positive, got {getattr(self, name)}")
@@ -239,20 +250,21 @@ class LevelSampler:
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws levels on the CPU, shape ``(batch_size,)``, float32."""
-        u = torch.rand(batch_size, generator=generator)
+        plain: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+        u = torch.rand(batch_size, generator=generator, **plain)
         if self.distribution == "uniform":
             return u
         if self.distribution == "logit_normal":
-            return torch.sigmoid(self.mean + self.std * torch.randn(batch_size, generator=generator))
+            return torch.sigmoid(self.mean + self.std * torch.randn(batch_size, generator=generator, **plain))
         if self.distribution == "mode":
             return (1 - u - self.mode_scale * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u)).clamp(0, 1)
         if self.distribution == "constant":
-            return torch.full((batch_size,), self.value)
+            return torch.full((batch_size,), self.value, **plain)
         if self.distribution == "power":
             return u**self.exponent
         return self._sample_beta(batch_size, generator)
 
     def _sample_beta(self, batch_size: int, generator: torch.Generator | None) -> Tensor:
-        shapes = torch.tensor([self.alpha, self.beta]).expand(batch_size, 2)
+        shapes = torch.tensor([self.alpha, self.beta], device="cpu", dtype=torch.float32).expand(batch_size, 2)
         gammas = torch._standard_gamma(shapes, generator=generator)
         return gammas[:, 0] / gammas.sum(dim=1)

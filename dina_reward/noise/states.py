@@ -14,7 +14,7 @@ from dina_reward.noise.processes import check_known_process
 
 def rescales_states(scheduler: Any) -> bool:
     """Whether a scheduler keeps its states in another scale than its model sees them, as Euler, Heun and LMS do."""
-    one = torch.ones(1)
+    one = torch.ones(1, device="cpu", dtype=torch.float32)
     return not torch.equal(_model_input(scheduler, one, scheduler.timesteps[0]), one)
 
 
@@ -35,7 +35,7 @@ def model_states(states: Tensor, timesteps: float | Sequence[float] | Tensor, sc
     check_known_process(scheduler.config, type(scheduler).__name__)
     if not rescales_states(scheduler):
         return states
-    wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32)).cpu()
+    wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32, device="cpu"))
     grid = scheduler.timesteps.float().cpu()
     distance, index = (grid[None] - wanted[:, None]).abs().min(dim=1)
     if bool((distance > 1e-3).any()):

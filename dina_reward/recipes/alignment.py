@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dina_reward.checks import check_choice, check_int
 from dina_reward.quiet import dtype_option
 
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from dina_reward import LatentReward
     from dina_reward.alignment import AlignmentConfig, AlignmentTrainer
 
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes that frozen weights may have."""
 
 WORLDS = {"shapes": "flow", "shapes-ddpm": "ddpm"}
 """What recipes and commands call the generators of `dina_reward.shapes` and their rewards: flow-matching and DDPM."""
@@ -65,6 +69,10 @@ class RecipeArguments:
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Held-out judges that training never sees, as 'module.function'."}
     )
+
+    def __post_init__(self) -> None:
+        check_choice("torch_dtype", self.torch_dtype, DTYPES)
+        check_int(self, "max_eval_prompts", 1)
 
 
 def align(
@@ -125,9 +133,9 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
     if name in WORLDS:
         pipeline = load_pipeline(WORLDS[name], **dtype_option(dtype))
     else:
-        from diffusers import DiffusionPipeline
+        from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
 
-        pipeline = DiffusionPipeline.from_pretrained(name, **dtype_option(dtype), **_loading_options(name))
+        pipeline = open_pipeline(name, dtype=dtype, **_loading_options(name))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"pipeline": pipeline, "share_backbone": arguments.share_backbone}
@@ -208,14 +216,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def _loading_options(name: str) -> dict[str, Any]:
     """Reads a pipeline's index alone: refuses families that are not supported, and leaves out the safety checker."""
-    import diffusers
+    from dina_reward.backbones.pipelines import pipeline_index
 
-    from dina_reward.families import family_of_class
-
-    index = diffusers.DiffusionPipeline.load_config(name)
-    pipeline_class = getattr(diffusers, str(index.get("_class_name")), None)
-    if pipeline_class is not None:
-        family_of_class(pipeline_class)
+    index = pipeline_index(name)
     return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
 
 

@@ -6,18 +6,15 @@ import difflib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from enum import Enum
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import TracebackType
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from trl import TrlParser
 
+from dina_reward.checks import described, fits
 from dina_reward.quiet import hide_library_notes
-
-
-_SCALARS: dict[Any, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,), dict: (dict,)}
 
 
 class ConfigParser(TrlParser):
@@ -55,10 +52,8 @@ class ConfigParser(TrlParser):
         path = Path(*arguments[arguments.index("--config") + 1 :][:1])
         if not path.is_file():
             raise ValueError(f"--config must name a YAML file, but there is no file {str(path)!r}")
-        try:
-            return super().parse_args_and_config(arguments, **options)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        _check_yaml(path)
+        return super().parse_args_and_config(arguments, **options)
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         """Takes over the values of a YAML file once names and types are right."""
@@ -89,7 +84,7 @@ class ConfigParser(TrlParser):
                 rest.append(argument.removesuffix("=null"))
                 option, argument = rest[-1], "null"
             name = option.removeprefix("--").replace("-", "_")
-            if argument == "null" and option.startswith("--") and _fits(None, self.field_types.get(name, str)):
+            if argument == "null" and option.startswith("--") and fits(None, self.field_types.get(name, str)):
                 rest.pop()
                 self._nulls[name] = None
             else:
@@ -100,14 +95,47 @@ class ConfigParser(TrlParser):
         return did_you_mean(name, self.field_types, prefix)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values alone, and every key once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        doubled = next((key for key in keys if keys.count(key) > 1), None)
+        if doubled is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {doubled!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _check_yaml(path: Path) -> None:
+    """Reads a configuration once before `trl` does, which lets the last of two keys win and sets environment variables."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must contain a YAML mapping with names for keys, found {type(values).__name__}")
+    if "env" in values:
+        raise ValueError(f"{path} has the key 'env'; set environment variables in the shell, not in a configuration")
+
+
 def parse_command_line(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Dataclasses for a script's ``main``, filled by `ConfigParser`; faults end the process in one line, with code 2."""
     hide_library_notes()
+    sys.excepthook = _interrupts_in_one_line
     try:
         return ConfigParser(dataclass_types).parse_args_and_config(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _interrupts_in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What an error that ends a script prints; Ctrl-C is no error of the script."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def did_you_mean(name: str, candidates: Iterable[str], prefix: str = "") -> str:
@@ -131,15 +159,14 @@ def checked_value(name: str, value: Any, hint: Any) -> Any:
     Raises:
         ValueError: the value does not fit.
     """
-    if _fits(value, hint) or (isinstance(value, str) and not _takes_only_lists(hint)):
+    if fits(value, hint) or (isinstance(value, str) and not _takes_only_lists(hint)):
         return value
     listed = [_number(item) for item in (value if isinstance(value, list) else [value])]
-    if not isinstance(value, dict) and _fits(listed, hint):
+    if not isinstance(value, dict) and fits(listed, hint):
         return listed
-    expected = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
     # YAML 1.1 reads unquoted yes, no, on and off as booleans.
-    advice = "; quote it to make it a string" if isinstance(value, (bool, int, float)) and _fits("", hint) else ""
-    raise ValueError(f"{name} must be {expected}, got {value!r} in the configuration{advice}")
+    advice = "; quote it to make it a string" if isinstance(value, (bool, int, float)) and fits("", hint) else ""
+    raise ValueError(f"{name} must be {described(hint)}, got {value!r} in the configuration{advice}")
 
 
 def _number(value: Any) -> Any:
@@ -150,27 +177,9 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is list or hint is list:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value if arguments)
-    if hint is NoneType:
-        return value is None
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return isinstance(value, hint)
-    scalar = dict if origin is dict else hint
-    if scalar not in _SCALARS:
-        return True
-    return isinstance(value, _SCALARS[scalar]) and (isinstance(value, bool) == (scalar is bool))
-
-
 def _takes_only_lists(hint: Any) -> bool:
     scalars: tuple[Any, ...] = ("", 0, 0.5, False, {})
-    return not any(_fits(value, hint) for value in scalars)
+    return not any(fits(value, hint) for value in scalars)
 
 
 def _split_config(args: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from torch import nn
 
 from dina_reward import LatentReward, LatentRewardConfig
+from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
+from dina_reward.backbones.pipelines import pipeline_index
+from dina_reward.checks import check_choice, check_fields
 from dina_reward.data import load_preferences
 from dina_reward.data.cache_manifest import is_cache
 from dina_reward.data.storage import TENSORS_NAME
@@ -20,7 +24,7 @@ from dina_reward.likelihood import preference_model
 from dina_reward.modeling import default_lora_config, default_reward_config
 from dina_reward.modeling.heads.config import RewardHeadConfig
 from dina_reward.quiet import dtype_option
-from dina_reward.recipes.alignment import resume_point, torch_dtype
+from dina_reward.recipes.alignment import DTYPES, resume_point, torch_dtype
 from dina_reward.recipes.arguments import ConfigParser
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 from dina_reward.training.batching import FirstRows, has_buckets
@@ -100,6 +104,8 @@ class TrainRewardArguments:
     variance_offset: float = field(default=0.05, metadata={"help": "c of the Thurstone variance."})
 
     def __post_init__(self) -> None:
+        check_choice("torch_dtype", self.torch_dtype, DTYPES)
+        check_fields(self, lora_r=(1, 65_536), lora_alpha=(1, 1e6), max_train_pairs=(1, math.inf), noise_level=(0, 1))
         head_config(self, self.head_width)
         preference_model(self.likelihood, self.variance_scale, self.variance_offset)  # type: ignore[arg-type]
         if not self.noise_level:
@@ -128,13 +134,10 @@ def load_pipeline(arguments: TrainRewardArguments, *, text_encoders: bool = True
         from dina_reward.shapes import load_pipeline as load_shapes
 
         return load_shapes(**dtype_option(dtype))
-    from diffusers import DiffusionPipeline
-
     name, absent = arguments.model_name_or_path, {"vae": None}
     if not text_encoders:
-        components = DiffusionPipeline.load_config(name)
-        absent |= {part: None for part in components if part.startswith("text_encoder")}
-    return DiffusionPipeline.from_pretrained(name, **dtype_option(dtype), **absent)
+        absent |= {part: None for part in pipeline_index(name) if part.startswith("text_encoder")}
+    return open_pipeline(name, dtype=dtype, **absent)
 
 
 def load_pairs(arguments: TrainRewardArguments, split: str, limit: int | None) -> Any:

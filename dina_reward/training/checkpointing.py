@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from dina_reward.checkpoints.atomic import clean_leftovers, incomplete_name, remove_directory, replace_directory
-from dina_reward.training.run_settings import check_same_run, settings_of, write_settings
+from dina_reward.training.ownership import (
+    checkpoints_of,
+    last_checkpoint,
+    new_run,
+    run_of,
+    set_aside,
+    sole_owner,
+    write_run,
+)
+from dina_reward.training.run_settings import (
+    check_digests,
+    check_same_run,
+    settings_of,
+    write_digests,
+    write_settings,
+)
+from dina_reward.training.stopping import StopOnSignal
 
 
 if TYPE_CHECKING:
@@ -56,6 +73,8 @@ class AtomicCheckpointMixin(_Trainer):
     """
 
     _staging: Path | None = None
+    _run: str | None = None
+    _stop: StopOnSignal | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`transformers.Trainer.train`, after removing what a killed run left in the output directory.
@@ -63,24 +82,61 @@ class AtomicCheckpointMixin(_Trainer):
         ``True`` resumes from the last checkpoint, or starts where there is none yet. A checkpoint of a run that has made
         all its steps is loaded, and nothing is trained.
 
+        SIGTERM makes the run save at the next step that it can be resumed from, and end with code 143.
+
         Raises:
-            ValueError: the checkpoint belongs to a run with other settings.
+            ValueError: the checkpoint belongs to a run with other settings or is damaged, or another run is writing into the
+                output directory.
         """
         output_dir = Path(self.args.output_dir or ".")
-        if self.args.local_process_index == 0 and output_dir.is_dir():
-            clean_leftovers(output_dir, f"{PREFIX_CHECKPOINT_DIR}-*")
-        self.accelerator.wait_for_everyone()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-            if resume_from_checkpoint is None:
-                logger.warning(f"There is no checkpoint in {output_dir} yet; the run starts from the beginning.")
-        if resume_from_checkpoint:
-            checkpoint = Path(str(resume_from_checkpoint))
-            check_same_run(checkpoint, self.run_settings())
-            finished = self._finished_state(checkpoint)
-            if finished is not None:
-                return self._load_finished(checkpoint, finished)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._run = self._run or new_run()
+        alone = sole_owner(output_dir, self._run) if self.is_world_process_zero() else contextlib.nullcontext()
+        with alone:
+            if self.args.local_process_index == 0 and output_dir.is_dir():
+                clean_leftovers(output_dir, prefix=f"{PREFIX_CHECKPOINT_DIR}-")
+            self.accelerator.wait_for_everyone()
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint, output_dir)
+            if checkpoint is not None:
+                check_same_run(checkpoint, self.run_settings())
+                check_digests(checkpoint)
+                self._run = run_of(checkpoint) or self._run
+                finished = self._finished_state(checkpoint)
+                if finished is not None:
+                    return self._load_finished(checkpoint, finished)
+            return self._train_until_told(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def _checkpoint_to_resume(self, asked: str | bool | None, output_dir: Path) -> Path | None:
+        if asked is not True:
+            return Path(asked) if asked else None
+        found = last_checkpoint(output_dir)
+        if found is None:
+            logger.warning(f"There is no checkpoint in {output_dir} yet; the run starts from the beginning.")
+        return found
+
+    def _train_until_told(self, *args: Any, **kwargs: Any) -> Any:
+        if self._stop is None:
+            self._stop = StopOnSignal(self.accelerator, self.can_save_at)
+            self.add_callback(self._stop)
+        try:
+            with self._stop:
+                output = super().train(*args, **kwargs)
+        except KeyboardInterrupt:
+            last = last_checkpoint(Path(self.args.output_dir or "."))
+            place = (
+                "there is no checkpoint yet" if last is None else f"go on from {last} with resume_from_checkpoint=True"
+            )
+            logger.warning(f"Interrupted at step {self.state.global_step}: {place}.")
+            raise
+        if self._stop.stopped:
+            logger.warning(
+                f"Stopped by SIGTERM at step {self.state.global_step}; go on with resume_from_checkpoint=True."
+            )
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
+
+    def can_save_at(self, step: int) -> bool:
+        """Whether the run can be resumed from this step."""
+        return True
 
     def run_settings(self) -> dict[str, Any]:
         """What defines the run; written into every checkpoint, and compared before one is resumed."""
@@ -124,6 +180,7 @@ class AtomicCheckpointMixin(_Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 write_settings(staged, self.run_settings())
+                write_run(staged, self._run or new_run())
             self._point_at_best_checkpoint(run_dir, staged)
         finally:
             self._staging = None
@@ -148,6 +205,8 @@ class AtomicCheckpointMixin(_Trainer):
         """Renames the checkpoint once every rank has written its part: on each node that has a staging directory."""
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            write_digests(staged)
+            set_aside(target, self._run or "")
             _rename_into_place(staged, target)
         self.accelerator.wait_for_everyone()
         # Nodes without a shared file system hold the files of their own ranks.
@@ -162,7 +221,7 @@ class AtomicCheckpointMixin(_Trainer):
             return
         best = self.state.best_model_checkpoint
         kept = {newest} if best is None else {newest, Path(best)}
-        others = [path for path in _checkpoints_by_age(run_dir) if path not in kept]
+        others = [path for path in checkpoints_of(run_dir, self._run) if path not in kept]
         surplus = len(others) + len(kept) - max(limit, len(kept))
         for checkpoint in others[: max(surplus, 0)]:
             remove_directory(checkpoint)
@@ -171,7 +230,7 @@ class AtomicCheckpointMixin(_Trainer):
         # With save_total_limit=1 the trainer deletes all but the best checkpoint here; do it by renaming first.
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            for checkpoint in _checkpoints_by_age(Path(self._get_output_dir(trial))):
+            for checkpoint in checkpoints_of(Path(self._get_output_dir(trial)), self._run):
                 if not checkpoint.samefile(best):
                     remove_directory(checkpoint)
         return super()._finalize_training(trial, *args, **kwargs)
@@ -197,16 +256,6 @@ class AtomicCheckpointMixin(_Trainer):
 
     def _checkpointed_callbacks(self) -> list[CheckpointedCallback]:
         return [cb for cb in self.callback_handler.callbacks if isinstance(cb, CheckpointedCallback)]
-
-
-def _checkpoints_by_age(run_dir: Path) -> list[Path]:
-    """Checkpoint directories, oldest first; those of one moment by step."""
-    found = []
-    for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdigit() and path.is_dir():
-            found.append((path.stat().st_mtime_ns, int(step), path))
-    return [path for _, _, path in sorted(found)]
 
 
 def _rename_into_place(staged: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from dina_reward.checks import check_trainer_numbers, is_real
 from dina_reward.likelihood import PreferenceLoss
 from dina_reward.noise import LevelSampler
 
@@ -88,10 +89,7 @@ class LatentRewardTrainingConfig(TrainingArguments):
         super().__post_init__()
         # Without an accelerator torch warns about it and does nothing.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(
-                f"seed must be an integer from 0 to 2**32 - 1, which is what numpy takes, got {self.seed!r}"
-            )
+        check_trainer_numbers(self)
         self.level_sampler()
         PreferenceLoss(self.loss_type, margin=self.margin)  # type: ignore[arg-type]
         self._check_evaluation()
@@ -115,7 +113,7 @@ class LatentRewardTrainingConfig(TrainingArguments):
             )
         for name in ("eval_noise_levels", "eval_ensemble_levels"):
             levels: list[Any] = getattr(self, name) or []
-            if not all(isinstance(level, (int, float)) and 0 <= level <= 1 for level in levels):
+            if not all(is_real(level) and 0 <= level <= 1 for level in levels):
                 raise ValueError(f"{name} must be noise levels in [0, 1], got {levels}")
 
     def level_sampler(self) -> LevelSampler:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dina_reward.backbones.wrappers import unwrap
+from dina_reward.stored import open_tensors
 from dina_reward.training.checkpointing import CheckpointedCallback
 from dina_reward.training.sharding import assign, is_main_process, local, reshard, trainable_parameters, whole
 
@@ -151,8 +151,8 @@ class EMACallback(CheckpointedCallback):
                 f"{directory} holds no {EMA_WEIGHTS_NAME}: that run kept no moving average. "
                 "Resume it without EMA, or start a new run."
             )
-        with safe_open(path, framework="pt") as file:
-            num_updates = int(file.metadata()["num_updates"])
+        with open_tensors(path) as file:
+            num_updates = int((file.metadata() or {}).get("num_updates", 0))
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         parameters = self._parameters()
         _check_same_tensors(stored, parameters, path)

@@ -35,6 +35,7 @@ def load_reward(reward: LatentReward, directory: str | os.PathLike[str]) -> None
         CheckpointError: (a `ValueError`) keys, shapes or files do not fit.
     """
     checkpoint = read_checkpoint(directory)
+    reward.check_same(checkpoint, str(directory))
     parts = {
         "LoRA adapter": (checkpoint.adapter, get_peft_model_state_dict(reward.model.backbone)),
         "head": (checkpoint.head, reward.model.head.state_dict()),

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from dina_reward.modeling.content import probe
+from dina_reward.stored import check_same, file_digest, read_json
 
 
 RUN_SETTINGS_NAME = "run_settings.json"
+DIGESTS_NAME = "checkpoint_files.json"
 
 _MAY_CHANGE_PREFIXES = (
     "accelerator_",
@@ -85,7 +88,7 @@ def settings_of(args: TrainingArguments, **facts: Any) -> dict[str, Any]:
     chunks = getattr(args, "steps_per_generation", None)
     if chunks is not None:
         settings["samples per generation"] = batch * chunks
-    return json.loads(json.dumps({**settings, **facts}, default=str))
+    return json.loads(json.dumps({"configuration": type(args).__name__, **settings, **facts}, default=str))
 
 
 def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
@@ -100,22 +103,67 @@ def check_same_run(directory: Path, settings: Mapping[str, Any]) -> None:
         ValueError: some differ, each named with both values; or the file is damaged.
     """
     path = directory / RUN_SETTINGS_NAME
+    if path.is_file():
+        check_same(
+            _read_record(path),
+            settings,
+            f"{directory} is a checkpoint of another run",
+            "Resume it with its own settings, or start a new run in another output_dir",
+        )
+
+
+def write_digests(directory: Path) -> None:
+    """Writes down which files a finished checkpoint consists of."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != DIGESTS_NAME)
+    digests = {path.relative_to(directory).as_posix(): file_digest(path) for path in files}
+    (directory / DIGESTS_NAME).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def check_digests(directory: Path) -> None:
+    """Compares the files of a checkpoint with those it was written with; a version that wrote no digests is not checked.
+
+    Raises:
+        ValueError: naming the files that are missing or were changed.
+    """
+    path = directory / DIGESTS_NAME
     if not path.is_file():
         return
+    faults = []
+    for name, digest in _read_record(path).items():
+        file = directory / name
+        if not file.is_file() or file_digest(file) != digest:
+            faults.append(f"{name} {'was changed or cut off' if file.is_file() else 'is missing'}")
+    if faults:
+        raise ValueError(f"{directory} is damaged: {', '.join(faults)}. Resume from an earlier checkpoint")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        stored = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. Resume from an earlier checkpoint") from error
-    different = [
-        f"{name}: {_shown(stored[name])} there, {_shown(value)} here"
-        for name, value in settings.items()
-        if name in stored and _canonical(stored[name]) != _canonical(value)
-    ]
-    if different:
-        raise ValueError(
-            f"{directory} is a checkpoint of another run; {len(different)} of its settings differ ({'; '.join(different)}). "
-            "Resume it with its own settings, or start a new run in another output_dir"
-        )
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object. Resume from an earlier checkpoint")
+    return stored
+
+
+def dataset_digest(dataset: Any) -> str | None:
+    """Digest of a preference dataset: its own ``fingerprint()``, or else that of up to 256 evenly spaced records.
+
+    ``None`` for streams, which have no length.
+    """
+    if hasattr(dataset, "fingerprint"):
+        return str(dataset.fingerprint())
+    if not hasattr(dataset, "__len__"):
+        return None
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    for row in range(0, len(dataset), max(1, len(dataset) // 256)):
+        record = dataset[row]
+        digest.update(text_digest([record.get(name) for name in ("prompt", "p_chosen", "weight")]).encode())
+        for latent in (record["chosen"], record["rejected"]):
+            known = tensor_digest([latent]) if isinstance(latent, Tensor) else text_digest(np.asarray(latent).tolist())
+            digest.update(known.encode())
+    return digest.hexdigest()[:16]
 
 
 def text_digest(value: Any) -> str:
@@ -133,12 +181,3 @@ def tensor_digest(tensors: Iterable[Tensor]) -> str:
             digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
             digest.update(probe(tensor).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -20,6 +20,7 @@ from dina_reward.data import collate_preferences, preference_rows
 from dina_reward.data.sampler import bucketed_loader
 from dina_reward.evaluation import PairProtocol, score_batch
 from dina_reward.likelihood import PreferenceLoss, ThurstoneModel
+from dina_reward.modeling.config import lora_facts
 from dina_reward.modeling.inputs import NonFiniteError
 from dina_reward.reward import LatentReward
 from dina_reward.training.batching import SequentialBucketSampler, gather_rows, has_buckets, make_batch_sampler
@@ -30,23 +31,11 @@ from dina_reward.training.log_table import print_tables, reward_training_cells
 from dina_reward.training.metrics import PairMetrics, evaluation_metrics
 from dina_reward.training.pair_noise import PairNoiser
 from dina_reward.training.reward_files import load_reward, save_reward
-from dina_reward.training.run_settings import settings_of, tensor_digest
+from dina_reward.training.run_settings import dataset_digest, settings_of, tensor_digest
 from dina_reward.training.sharding import ExactTimesteps, compute_by_autocast, keep_scores_exact, reshard
 from dina_reward.training.trained_module import TrainedModule
 
 
-_LORA_FACTS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "bias",
-)
 TRAINING_ARGS_FILE = "training_args.json"
 
 
@@ -106,7 +95,8 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         self._micro_step = (-1, 0)
         self._exact_timesteps: ExactTimesteps | None = None
         _set_trainable(reward, args)
-        self._facts = _facts_of(reward, train_dataset)
+        train_rows = None if train_dataset is None else preference_rows(train_dataset)
+        self._facts = _facts_of(reward, train_rows)
         # FSDP2 shards it in place, so that it stays the trained module whatever it is wrapped in.
         self._trained_module = TrainedModule(reward.model)
         if args.deepspeed_plugin is not None and args.bf16:
@@ -115,7 +105,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
             model=self._trained_module,
             args=args,
             data_collator=kwargs.pop("data_collator", collate_preferences),
-            train_dataset=None if train_dataset is None else preference_rows(train_dataset),
+            train_dataset=train_rows,
             eval_dataset=_eval_rows(eval_dataset),
             **kwargs,
         )
@@ -368,15 +358,12 @@ def _loss_of(reward: LatentReward, args: LatentRewardTrainingConfig) -> Preferen
 
 def _facts_of(reward: LatentReward, train_dataset: Any | None) -> dict[str, Any]:
     """What defines a run besides its arguments; to be taken before anything is sharded."""
-    lora = reward.model.backbone.peft_config["default"].to_dict()
     config = {name: value for name, value in reward.config.to_dict().items() if name != "backbone_model_id"}
     facts = {f"reward {name}": value for name, value in config.items()}
-    facts |= {
-        f"LoRA {name}": sorted(lora[name]) if isinstance(lora[name], set) else lora[name] for name in _LORA_FACTS
-    }
     return {
         **facts,
-        "pairs": None if train_dataset is None else len(train_dataset),
+        **lora_facts(reward.lora_config),
+        "pairs": None if train_dataset is None else dataset_digest(train_dataset),
         "frozen weights": tensor_digest(
             parameter for name, parameter in reward.model.backbone.named_parameters() if ".lora_" not in name
         ),

@@ -132,3 +132,10 @@ def test_impossible_rules(arguments: dict, message: str) -> None:
         BucketRule(**arguments)
     with pytest.raises(ValueError, match="sizes"):
         RULE.choose((0, 5))
+
+
+def test_equal_ratios_are_equal_in_spite_of_rounding() -> None:
+    """A product of the largest enlargement and a side is no float: 1.1 * 30 > 33 by a hair."""
+    rule = BucketRule.of(("33x33",), max_upscale=33 / 30 - 1e-12)
+    assert rule.accepts((30, 30), rule.buckets[0])
+    assert not rule.accepts((29, 29), rule.buckets[0])

@@ -11,7 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dina_reward.data.sides import VideoFile, read_image, read_latent, read_video, side_name, stored_value
+from dina_reward.data.sides import (
+    VideoFile,
+    published_shape,
+    read_image,
+    read_latent,
+    read_video,
+    side_name,
+    stored_value,
+)
 from tests.data.preference_files import npy, number, png, write_image
 
 
@@ -107,3 +115,27 @@ class TestVideo:
             VideoFile(tmp_path / "v.gif").frames()
         with pytest.raises(ValueError, match="stored as bytes"):
             read_video(b"video")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("[1, 4, 8, 8]", (4, 8, 8)),
+        ([2, 4, 8, 8], (2, 4, 8, 8)),
+        ((1, 8, 8), (1, 8, 8)),
+        ([1, 1, 4, 8, 8], (1, 1, 4, 8, 8)),
+    ],
+)
+def test_a_batch_of_one_is_cut_from_a_published_shape(shape: Any, expected: tuple[int, ...]) -> None:
+    assert published_shape(shape) == expected
+
+
+@pytest.mark.parametrize("shape", ["-" * 100_000 + "1", "[" * 100_000, "(1,", 3, "x"])
+def test_shapes_that_are_none_are_refused(shape: Any) -> None:
+    with pytest.raises(ValueError, match="no list of numbers"):
+        published_shape(shape)
+
+
+def test_pixels_are_no_latents() -> None:
+    with pytest.raises(ValueError, match="got array of uint8"):
+        read_latent(np.zeros((3, 8, 8), np.uint8))

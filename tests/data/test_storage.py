@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,30 @@ def assert_same_rows(one: Any, other: Any) -> None:
 def test_own_format_round_trip(tmp_path: Path, pairs: LatentPreferenceDataset) -> None:
     pairs.save(tmp_path / "pairs")
     assert_same_rows(load_preferences(tmp_path / "pairs"), pairs)
+
+
+def test_saving_deletes_nothing_of_others(
+    tmp_path: Path, pairs: LatentPreferenceDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "thesis.tex").write_text("x")
+    monkeypatch.chdir(tmp_path / "project")
+    for place in (tmp_path / "project", Path()):
+        with pytest.raises(ValueError, match=r"thesis\.tex|in use"):
+            pairs.save(place)
+    pairs.save("pairs")
+    (tmp_path / "project" / "pairs" / "prompts.json").unlink()
+    pairs.save("pairs")
+    (tmp_path / "project" / "pairs" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"holds other files too \(notes\.txt\)"):
+        pairs.save("pairs")
+    assert sorted(path.name for path in Path().iterdir()) == ["pairs", "src", "thesis.tex"]
+
+
+def test_pairs_whose_replacement_was_killed_are_found(tmp_path: Path, pairs: LatentPreferenceDataset) -> None:
+    pairs.save(tmp_path / ".pairs.previous")
+    assert_same_rows(load_preferences(tmp_path / "pairs"), pairs)
+    assert_same_rows(LatentPreferenceDataset.load(tmp_path / "pairs"), pairs)
 
 
 def test_parquet(tmp_path: Path, pairs: LatentPreferenceDataset) -> None:
@@ -77,6 +102,16 @@ def test_truncated_or_missing_files_are_refused(tmp_path: Path, pairs: LatentPre
         load_preferences(directory)
 
 
+@pytest.mark.parametrize("text", ['"ab"', '{"a": 1}', "[1, 2, 3, 4, 5]", "[" * 10**6, "", "[NaN]"])
+def test_saved_prompts_of_the_wrong_kind_are_refused(
+    tmp_path: Path, pairs: LatentPreferenceDataset, text: str
+) -> None:
+    pairs.save(tmp_path / "pairs")
+    (tmp_path / "pairs" / "prompts.json").write_text(text)
+    with pytest.raises(ValueError, match=r"the preferences in .*pairs (are damaged|cannot be used)"):
+        load_preferences(tmp_path / "pairs")
+
+
 def test_places_without_preferences_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no preferences"):
         load_preferences(tmp_path)
@@ -98,6 +133,18 @@ def test_rows_are_checked_once_in_front(pairs: LatentPreferenceDataset) -> None:
         ({"prompts": ["x"]}, "got 1 prompts"),
         ({"rejected": torch.zeros(2, 1, 3, 3)}, "equal shapes"),
         ({"p_chosen": torch.ones(3)}, r"p_chosen has shape \(3,\); expected \(2,\)"),
+        ({"p_chosen": torch.tensor([5.0, 1])}, r"p_chosen must be finite numbers in \[0, 1\]"),
+        ({"p_chosen": torch.tensor([float("nan"), 1])}, "p_chosen must be finite numbers"),
+        ({"weight": torch.tensor([-1.0, 1])}, r"weight must be finite numbers in \[0, inf\]"),
+        (
+            {"chosen": torch.full((2, 1, 4, 4), float("nan"))},
+            r"chosen holds NaN or infinite values in the pairs \[0, 1\]",
+        ),
+        ({"chosen": np.zeros((2, 1, 4, 4))}, "chosen must be a floating-point tensor of latents, .*, got ndarray"),
+        ({"rejected": torch.zeros(2, 1, 4, 4).int()}, "rejected must be a floating-point tensor"),
+        ({"prompts": "xy"}, "prompts must be a list of strings, one per pair, got str"),
+        ({"prompts": {"x": 1, "y": 2}}, "got dict"),
+        ({"prompts": ["x", 3]}, "some are no strings"),
     ],
 )
 def test_lengths_must_agree(arguments: dict[str, Any], message: str) -> None:

@@ -57,3 +57,11 @@ def test_bad_input_is_refused() -> None:
         measure_calibration(torch.tensor([1.5]), torch.ones(1))
     with pytest.raises(ValueError, match="num_bins"):
         measure_calibration(torch.ones(1), torch.ones(1), num_bins=0)
+
+
+def test_an_even_prediction_is_read_as_the_chosen_side() -> None:
+    halves = measure_calibration(torch.tensor([0.5]), torch.tensor([1.0]), num_bins=2).bins
+    assert [(bin_.low, bin_.high) for bin_ in halves] == [(0.5, 0.75), (0.75, 1.0)]
+    result = measure_calibration(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.8]), num_bins=1)
+    assert result.bins[0].frequency == pytest.approx(0.9)
+    assert result.expected_calibration_error == pytest.approx(0.4)

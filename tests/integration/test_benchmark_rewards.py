@@ -67,6 +67,19 @@ def test_table_by_hand_and_what_is_kept(root: Path, capsys: pytest.CaptureFixtur
     assert all(path.stat().st_mtime_ns > before for path, before in zip(reports, made, strict=True))
 
 
+def test_changed_data_and_functions_are_evaluated_again(root: Path) -> None:
+    (first,) = run(root)
+    data = root / "ImageReward.json"
+    data.write_text(data.read_text().replace("[2, 1, 1]", "[1, 2, 2]"))
+    (second,) = run(root)
+    assert second["accuracy"] == pytest.approx({**first["accuracy"], "ImageReward": 0})
+    module = root / "benchmark_rewards_module.py"
+    module.write_text(module.read_text().replace("return images", "return -images"))
+    sys.modules.pop("benchmark_rewards_module")
+    (third,) = run(root)
+    assert third["accuracy"]["ImageReward"] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

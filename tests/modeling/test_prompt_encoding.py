@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from dina_reward.families import Conditioning, get_family
+from dina_reward.modeling import prompt_encoding
 from dina_reward.modeling.prompt_encoding import PromptEncoder
 from tests.tiny_models import tiny_sd_pipeline
 
 
 class CountingFamily:
     """Encodes a prompt as its length and remembers what it was asked."""
+
+    has_text_mask = False
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
@@ -34,23 +38,23 @@ def make(**kwargs: Any) -> tuple[PromptEncoder, CountingFamily]:
 
 
 def test_unique_prompts_are_encoded_once_in_one_call() -> None:
-    encoder, family = make()
+    encoder, family = make(batch_size=4)
     conditioning, index = encoder(["aa", "b", "aa", "ccc"])
-    assert family.calls == [["aa", "b", "ccc"]]
+    assert family.calls == [["aa", "b", "ccc", "ccc"]]
     assert conditioning.prompt_embeds.flatten().tolist() == [2, 1, 3]
     assert index.tolist() == [0, 1, 0, 2]
     encoder(["b", "dddd"])
-    assert family.calls[1:] == [["dddd"]]
+    assert family.calls[1:] == [["dddd"] * 4]
 
 
 def test_cache_is_bounded_and_least_recently_used_goes_first() -> None:
-    encoder, family = make(cache_size=2)
+    encoder, family = make(cache_size=2, batch_size=1)
     encoder(["a", "b"])
     encoder(["a"])
     encoder(["c"])  # b goes
     encoder(["a", "c"])
     encoder(["b"])
-    assert family.calls == [["a", "b"], ["c"], ["b"]]
+    assert family.calls == [["a"], ["b"], ["c"], ["b"]]
 
 
 def test_cache_can_be_off_and_cleared() -> None:
@@ -65,10 +69,39 @@ def test_cache_can_be_off_and_cleared() -> None:
     assert len(family.calls) == 2
 
 
-def test_batches_are_bounded() -> None:
+def test_every_call_has_one_number_of_rows() -> None:
     encoder, family = make(batch_size=2)
     encoder(["a", "bb", "ccc", "dddd", "eeeee"])
-    assert [len(call) for call in family.calls] == [2, 2, 1]
+    assert family.calls == [["a", "bb"], ["ccc", "dddd"], ["eeeee", "eeeee"]]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_an_encoding_does_not_depend_on_company(sd3_pipeline: Any, batch_size: int | None) -> None:
+    prompts = [f"{number} red circles" for number in range(11)]
+    options = {"max_sequence_length": 8, "cache_size": 0, "batch_size": batch_size}
+    encoder = PromptEncoder(get_family("sd3"), sd3_pipeline, **options)  # type: ignore[arg-type]
+    together, _ = encoder(prompts)
+    for position, prompt in enumerate(prompts):
+        for company in ([], ["x"], prompts[::-1]):
+            other, index = encoder([*company, prompt])
+            row, same = other[index[-1:]], together[position : position + 1]
+            assert torch.equal(row.prompt_embeds, same.prompt_embeds)
+            assert torch.equal(row.pooled_prompt_embeds, same.pooled_prompt_embeds)  # type: ignore[arg-type]
+
+
+def test_encoders_whose_time_or_length_grows_encode_prompts_alone(sd3_pipeline: Any, monkeypatch: Any) -> None:
+    assert PromptEncoder(get_family("sd3"), sd3_pipeline).batch_size == 8
+    assert PromptEncoder(get_family("qwen_image"), sd3_pipeline).batch_size == 1
+    monkeypatch.setattr(prompt_encoding, "_SMALL", 10)
+    assert PromptEncoder(get_family("sd3"), sd3_pipeline).batch_size == 1
+
+
+def test_what_one_thread_knows_is_not_given_to_others() -> None:
+    encoder, _ = make(batch_size=1)
+    known = Conditioning(torch.tensor([[[10.0]]]), torch.tensor([[1.0]]))
+    with encoder.given(["aa"], known), ThreadPoolExecutor() as pool:
+        assert pool.submit(encoder, ["aa"]).result()[0].prompt_embeds.tolist() == [[[2.0]]]
+        assert encoder(["aa"])[0].prompt_embeds.tolist() == [[[10.0]]]
 
 
 def test_real_pipeline_gets_the_limit(sd3_pipeline: Any) -> None:
@@ -95,7 +128,7 @@ def test_errors() -> None:
 
 
 def test_given_prompts_are_not_encoded() -> None:
-    encoder, family = make()
+    encoder, family = make(batch_size=1)
     known = Conditioning(torch.tensor([[[10.0]], [[20.0]], [[99.0]]]), torch.tensor([[1.0], [2.0], [9.0]]))
     with encoder.given(["aa", "b", "aa"], known):
         conditioning, index = encoder(["b", "ccc", "aa", "b"])

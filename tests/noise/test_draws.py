@@ -75,9 +75,12 @@ def test_draws_are_standard_normal() -> None:
 
 def test_given_noise_is_broadcast() -> None:
     row = torch.randn(1, 2, 3, 3)
-    noise = draw_noise(LATENTS, num_samples=2, noise=row)
-    assert noise.shape == (2, 4, 2, 3, 3)
-    assert torch.equal(noise[1, 3], row[0])
+    noise = draw_noise(LATENTS, noise=row)
+    assert noise.shape == (1, 4, 2, 3, 3)
+    assert torch.equal(noise[0, 3], row[0])
+    for single in (row, row[None]):
+        with pytest.raises(ValueError, match="num_noise_samples=2, but the given noise has one draw"):
+            draw_noise(LATENTS, num_samples=2, noise=single)
     whole = torch.randn(2, 4, 2, 3, 3)
     assert torch.equal(draw_noise(LATENTS, num_samples=2, noise=whole), whole)
 

@@ -203,3 +203,19 @@ def test_the_other_known_process_is_refused() -> None:
         FlowMatchingNoise.from_scheduler_config(diffusers.DDIMScheduler().config)
     with pytest.raises(ValueError, match="this model is a DDPM, but the scheduler is a flow-matching one"):
         VariancePreservingNoise.from_scheduler_config(diffusers.FlowMatchEulerDiscreteScheduler().config)
+
+
+def test_the_shift_of_multistep_solvers_counts() -> None:
+    solver = {"use_flow_sigmas": True, "num_train_timesteps": 1000, "beta_schedule": "linear"}
+    grids = {shift: FlowMatchingNoise.from_scheduler_config({**solver, "flow_shift": shift}) for shift in (1.0, 3.0)}
+    for shift, grid in grids.items():
+        plain = torch.arange(1000, 0, -1) / 1000
+        torch.testing.assert_close(grid.levels, shift * plain / (1 + (shift - 1) * plain))
+
+
+def test_timesteps_up_to_one_beyond_the_grid_are_its_end() -> None:
+    """Samplers whose steps are offset by one name the last step so."""
+    ddpm = VariancePreservingNoise.from_scheduler_config(SD15_SCHEDULER)
+    assert ddpm.from_timesteps(1000.0).timestep.tolist() == [999.0]
+    with pytest.raises(ValueError, match=r"range \[0, 999\]"):
+        ddpm.from_timesteps(1000.5)

@@ -90,7 +90,7 @@ def test_config_may_be_given_with_an_equals_sign(tmp_path: Path) -> None:
         ("dataset_name: d\nmax_steps: 1.5\n", (), "max_steps must be int, got 1.5 in the configuration"),
         ("dataset_name: d\nmax_steps: true\n", (), "max_steps must be int, got True in the configuration"),
         ("dataset_name: d\nmax_steps: abc\n", (), "argument --max_steps"),
-        ("dataset_name: d\nlearning_rate: [1]\n", (), "learning_rate must be float, got [1] in the configuration"),
+        ("dataset_name: d\nlearning_rate: [1]\n", (), "learning_rate must be finite float, got [1] in the configuration"),
         ("dataset_name: d\nwindow: [0, 1.5]\n", (), "window must be list[int] | None, got [0, 1.5] in the configuration"),
         ("dataset_name: d\nshuffle: 3\n", (), "shuffle must be bool, got 3 in the configuration"),
         ("dataset_name: d\nstrategy: no\n", (), "must be str, got False in the configuration; quote it to make it a string"),
@@ -98,6 +98,13 @@ def test_config_may_be_given_with_an_equals_sign(tmp_path: Path) -> None:
         ("learning_rate: 1\n", (), "the following arguments are required: --dataset_name"),
         ("- a\n- b\n", (), "must contain a YAML mapping"),
         ("a: [1\n", (), "is not valid YAML"),
+        ("max_steps: 3\nmax_steps: 4\n", (), "the key 'max_steps' is there twice"),
+        ("env:\n  LD_PRELOAD: x\n", (), "has the key 'env'"),
+        ("a: !!python/object/apply:os.system [ls]\n", (), "is not valid YAML"),
+        ("a: !custom 1\n", (), "is not valid YAML"),
+        ("a: " + "[" * 100_000 + "\n", (), "is not valid YAML"),
+        ("dataset_name: d\nlearning_rate: .nan\n", (), "learning_rate must be finite float, got nan"),
+        ("dataset_name: d\nnoise_level: [.inf]\n", (), "noise_level must be list[float], got [inf]"),
     ],
 )  # fmt: skip
 def test_faults_are_value_errors_of_one_line(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dina_reward.data import LatentPreferenceDataset
+from dina_reward.modeling.prompt_encoding import PromptEncoder
 from tests.training.tiny_reward import separable_pairs
 
 
@@ -32,9 +33,10 @@ class BucketedPairs:
 def embedded_rows(pipeline: Any, reward: Any, count: int = 16) -> list[dict[str, Any]]:
     """Pairs with the embeddings of their prompts, as a cache stores them."""
     pairs, rows = separable_pairs(count), []
+    encoder = PromptEncoder(reward.family, pipeline, max_sequence_length=8)
     for index in range(count):
         row = pairs[index]
-        conditioning = reward.family.encode_prompts(pipeline, [row["prompt"]], max_sequence_length=8)
+        conditioning, _ = encoder([row["prompt"]])
         assert conditioning.pooled_prompt_embeds is not None
         assert torch.isfinite(conditioning.prompt_embeds).all()
         rows.append(

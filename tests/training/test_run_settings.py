@@ -11,12 +11,16 @@ from dina_reward.training import LatentRewardTrainingConfig
 from dina_reward.training.config import check_mixed_precision
 from dina_reward.training.run_settings import (
     RUN_SETTINGS_NAME,
+    check_digests,
     check_same_run,
+    dataset_digest,
     settings_of,
     tensor_digest,
     text_digest,
+    write_digests,
     write_settings,
 )
+from tests.training.tiny_reward import separable_pairs
 
 
 def settings(tmp_path: Path, facts: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -63,6 +67,37 @@ def test_checkpoints_of_other_versions_and_damaged_ones(tmp_path: Path) -> None:
     (tmp_path / RUN_SETTINGS_NAME).write_text("{")
     with pytest.raises(ValueError, match=f"{RUN_SETTINGS_NAME} is damaged"):
         check_same_run(tmp_path, settings(tmp_path))
+
+
+def test_another_configuration_class_is_another_run(tmp_path: Path) -> None:
+    write_settings(tmp_path, {**settings(tmp_path), "configuration": "DiffusionGRPOConfig"})
+    message = 'configuration: "DiffusionGRPOConfig" there, "LatentRewardTrainingConfig" here'
+    with pytest.raises(ValueError, match=message):
+        check_same_run(tmp_path, settings(tmp_path))
+
+
+def test_missing_and_damaged_files_of_a_checkpoint_are_named(tmp_path: Path) -> None:
+    check_digests(tmp_path)  # of a version that wrote none
+    for name in ("optimizer.pt", "scheduler.pt", "ema/weights"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    write_digests(tmp_path)
+    check_digests(tmp_path)
+    (tmp_path / "ema" / "weights").write_bytes(b"ema/weightz")
+    (tmp_path / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match=r"damaged: ema/weights was changed or cut off, scheduler\.pt is missing"):
+        check_digests(tmp_path)
+
+
+def test_datasets_are_known_by_their_content() -> None:
+    pairs, same = separable_pairs(), separable_pairs()
+    assert dataset_digest(pairs) == dataset_digest(same)
+    same.chosen[63, 0, 0, 0] += 1e-3
+    assert dataset_digest(pairs) != dataset_digest(same)
+    rows = [pairs[index] for index in range(len(pairs))]
+    others = [{**row, "p_chosen": 0.5} if number == 40 else row for number, row in enumerate(rows)]
+    assert len({dataset_digest(records) for records in (rows, others, rows[:40])}) == 3
+    assert dataset_digest(iter(rows)) is None
 
 
 def test_digests_see_any_change() -> None:

@@ -96,6 +96,23 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path: Path, sd3_pip
     assert losses(resumed) == losses(whole)
 
 
+def test_resume_does_not_depend_on_which_prompts_were_met(tmp_path: Path, sd3_pipeline: Any) -> None:
+    """Every row has a prompt of its own, so that a resumed process meets others together than the first one did."""
+    arguments: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    pairs = separable_pairs(count=32)
+    pairs.prompts = [f"{row % 24} red circles" for row in range(32)]
+
+    def trainer() -> LatentRewardTrainer:
+        return LatentRewardTrainer(
+            tiny_reward(pipeline=sd3_pipeline), training_config(tmp_path, **arguments), train_dataset=pairs
+        )
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_same(trained_parameters(whole), trained_parameters(resumed))
+
+
 def test_run_killed_while_saving_resumes_from_a_whole_checkpoint(
     tmp_path: Path, sd3_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

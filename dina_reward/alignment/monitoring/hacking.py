@@ -16,6 +16,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from dina_reward.checkpoints.atomic import atomic_file
+from dina_reward.stored import parse_json
+
 
 logger = logging.get_logger(__name__)
 
@@ -214,7 +217,7 @@ def read_lines(path: str | os.PathLike[str], record_type: type[_Record]) -> list
     file = Path(path)
     if not file.exists():
         return []
-    return [record_type(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    return [record_type(**parse_json(line, file)) for line in file.read_text(encoding="utf-8").splitlines() if line]
 
 
 def append_line(path: str | os.PathLike[str], record: _Record) -> list[_Record]:
@@ -227,7 +230,6 @@ def append_line(path: str | os.PathLike[str], record: _Record) -> list[_Record]:
     step = record.step  # type: ignore[attr-defined]
     records = [old for old in read_lines(file, type(record)) if old.step < step] + [record]  # type: ignore[attr-defined]
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text("".join(json.dumps(asdict(line)) + "\n" for line in records), encoding="utf-8")  # type: ignore[call-overload]
-    os.replace(temporary, file)
+    with atomic_file(file) as staging:
+        staging.write_text("".join(json.dumps(asdict(line)) + "\n" for line in records), encoding="utf-8")  # type: ignore[call-overload]
     return records

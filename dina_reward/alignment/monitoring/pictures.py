@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from transformers.utils import logging
 
+from dina_reward.checkpoints.atomic import atomic_file
+
 
 logger = logging.get_logger(__name__)
 
@@ -89,9 +91,8 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Writes a PNG; never a partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with atomic_file(path) as staging:
+        picture.save(staging, format="PNG")
 
 
 def log_pictures(

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dina_reward.alignment.config import AlignmentConfig, check_choice, check_int, check_real, is_int
+from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.experience.rewards import differentiable_score
 from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
 from dina_reward.alignment.sampling.prompts import PromptDataset
@@ -24,6 +24,7 @@ from dina_reward.alignment.sampling.rollout import PredictFunction
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, generator_from
 from dina_reward.alignment.trainers.base import AlignmentTrainer
+from dina_reward.checks import check_choice, check_int, check_real, is_int
 from dina_reward.families import Conditioning
 from dina_reward.reward_functions import RewardFunction, callable_name, reward_list, takes_images
 

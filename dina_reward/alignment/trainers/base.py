@@ -130,6 +130,10 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         """The arguments that decide what is computed, with prompts, rewards and the generator's frozen weights."""
         return settings_of(self.args, **self._facts)
 
+    def can_save_at(self, step: int) -> bool:
+        """Only where a generation begins: the samples of one that has begun are not stored."""
+        return step * self.args.gradient_accumulation_steps % self.args.micro_steps_per_generation == 0
+
     def plan(self, generation: int) -> RolloutPlan:
         """How the samples of a generation are drawn: deterministically, unless a subclass says otherwise."""
         return RolloutPlan()

@@ -19,6 +19,7 @@ from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.trainers.base import AlignmentTrainer
 from dina_reward.alignment.trainers.grpo_config import DDPOConfig, DiffusionGRPOConfig
 from dina_reward.reward_functions import RewardFunction
+from dina_reward.stored import read_json
 from dina_reward.training.checkpointing import CheckpointedCallback
 
 
@@ -176,4 +177,4 @@ class StatTrackerCallback(CheckpointedCallback):
         path = os.path.join(directory, self.file_name)
         if not os.path.isfile(path):
             raise ValueError(f"{directory} holds no {self.file_name}; it is not a checkpoint of DDPOTrainer")
-        self.tracker.load_state_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        self.tracker.load_state_dict(read_json(Path(path)))

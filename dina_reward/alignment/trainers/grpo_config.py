@@ -8,10 +8,11 @@ from typing import Literal, get_args
 
 from transformers.utils import logging
 
-from dina_reward.alignment.config import AlignmentConfig, check_choice, check_int, check_real, is_int
+from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.objectives.policy_gradient import KLKind, check_kl_kind, check_objective_fits, get_objective
 from dina_reward.alignment.sampling.rollout import WindowSchedule, check_sde_window
 from dina_reward.alignment.sampling.steps import SDEType, check_eta
+from dina_reward.checks import check_choice, check_int, check_real, is_int
 
 
 logger = logging.get_logger(__name__)
@@ -103,6 +104,8 @@ class DiffusionGRPOConfig(AlignmentConfig):
             check_int(self, name, 1)
         for name, high in (("epsilon", 1.0), ("epsilon_high", math.inf), ("advantage_clip", math.inf)):
             check_real(self, name, 0.0, high)
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0: nothing would be trained")
         check_real(self, "beta", 0.0, math.inf)
         check_real(self, "credit_discount", 0.0, 1.0)
         check_real(self, "train_timestep_fraction", 0.0, 1.0)

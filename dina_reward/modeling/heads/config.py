@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from dina_reward.checks import check_fields
+
 
 HeadKind = Literal["query", "pooled", "conv"]
 
@@ -40,11 +42,12 @@ class RewardHeadConfig:
     squash: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(HeadKind):
+        if not isinstance(self.kind, str) or self.kind not in get_args(HeadKind):
             raise ValueError(f"unknown head kind {self.kind!r}; choose one of {', '.join(get_args(HeadKind))}")
         for name in ("use_text_features", "use_time_embedding"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, self.kind == "query")
+        check_fields(self)
         if self.kind == "query" and not self.use_time_embedding:
             raise ValueError("head kind 'query' needs the time embedding: its adapters are modulated by it")
         if self.kind == "conv" and self.use_text_features:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from dina_reward.alignment.monitoring import hacking
 from dina_reward.alignment.monitoring.hacking import (
     SCORES_NAME,
     PromptScores,
@@ -167,3 +168,20 @@ def test_scores_survive_a_resume(tmp_path):
     repeated = evaluation(10, 2.5, 0.6, protocol="p")
     assert append_line(file, repeated) == [records[0], repeated]
     assert read_lines(tmp_path / "none", PromptScores) == []
+
+
+def test_the_critical_value_is_that_of_student():
+    """One-sided 2.275 % and 0.135 % points of Student's distribution, of 10 and of 30 degrees of freedom."""
+    assert hacking._critical(2.0, 1, 11) == pytest.approx(2.2837, abs=0.01)
+    assert hacking._critical(2.0, 1, 31) == pytest.approx(2.0868, abs=0.001)
+    assert hacking._critical(3.0, 1, 31) == pytest.approx(3.2703, abs=0.003)
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    before, after = [0.0] * 9, [-1.0, -3.0] * 4 + [-2.0]
+    records = [
+        PromptScores(step, {"reward": [float(step)] * 9, "judge": scores})
+        for step, scores in ((0, before), (1, after))
+    ]
+    (alarm,) = find_reward_hacking(records)
+    assert alarm.standard_error == pytest.approx(1 / 3)

@@ -174,3 +174,9 @@ def test_rows_of_weight_zero_do_not_count(name):
     weighted = get_objective(name)({**tensors, "weights": torch.tensor([1.5, 0.0, 1.5])}, SETTINGS).loss
     kept = {key: value[[0, 2]] if value.ndim else value for key, value in tensors.items()}
     torch.testing.assert_close(weighted, get_objective(name)(kept, SETTINGS).loss)
+
+
+def test_weights_multiply_and_are_not_normalised():
+    tensors = {"log_prob": torch.zeros(2), "old_log_prob": torch.zeros(2), "advantages": torch.tensor([1.0, 3.0])}
+    loss = get_objective("ppo_clip")({**tensors, "weights": torch.tensor([0.5, 0.25])}, SETTINGS).loss
+    torch.testing.assert_close(loss, torch.tensor(-(0.5 * 1 + 0.25 * 3) / 2))

@@ -184,3 +184,8 @@ def test_cps_leaves_no_noise_and_a_late_flow_sde_does():
 
     assert abs(residual("cps", 0.8, 9)) < 0.02
     assert residual("flow_sde", 0.7, 8) > 0.15
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.6, 2), (0.7, 2), (0.9, 3), (0.1, 1)])
+def test_the_trained_share_is_rounded(fraction, count):
+    assert len(trained_steps(0, 0, range(3), fraction)) == count

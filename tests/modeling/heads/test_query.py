@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -106,3 +108,19 @@ def test_other_width_projects_the_inputs() -> None:
 def test_impossible_shapes_are_refused(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_head(**overrides)
+
+
+def test_a_negative_scale_of_the_squash_is_its_absolute_value() -> None:
+    squash = LogisticSquash()
+    with torch.no_grad():
+        squash.scale.fill_(-0.15)
+    torch.testing.assert_close(squash(torch.tensor(0.1)), 4 / (1 + torch.exp(-torch.tensor(0.1) / (0.15 + 1e-6))) - 2)
+
+
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_a_prompt_without_a_token_reads_its_padding(num_levels: int) -> None:
+    head, features = make_head(), make_features()
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    expected = head(replace(features, text_mask=mask), num_levels)
+    torch.testing.assert_close(head(replace(features, text_mask=~mask), num_levels), expected)
+    assert torch.isfinite(expected).all()

@@ -1,0 +1,67 @@
+"""Results of long commands that can be killed and started again: kept if they are whole and of the same settings."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dina_reward.checkpoints.atomic import atomic_file
+from dina_reward.stored import content_digest, differences, read_json
+
+
+_DIES_WITH_PARENT = 1
+_LATER = ("content", "version")
+"""Settings that older results do not have."""
+
+
+def identity(settings: Mapping[str, Any], *paths: str | Path) -> dict[str, Any]:
+    """Settings of a result with what else decides it: the content of files and directories, and the package's version."""
+    from dina_reward import __version__
+
+    content = {str(path): digest for path in paths if (digest := content_digest(Path(path))) is not None}
+    return json.loads(json.dumps({**settings, "content": content, "version": __version__}, default=str))
+
+
+def read_result(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A result that `write_result` wrote for the same settings; ``None`` if there is none, or only a damaged one."""
+    try:
+        result = read_json(path)
+    except ValueError:
+        return None
+    stored = result.get("settings") if isinstance(result, dict) else None
+    if not isinstance(stored, dict):
+        return None
+    later = [name for name in _LATER if name not in stored]
+    return None if differences(stored, settings, may_differ=later, both=True) else result
+
+
+def write_result(path: Path, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+    """Writes a result with the settings it is of, whole or not at all."""
+    write_whole(path, json.dumps({"settings": settings, **result}, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def start_child(command: Sequence[str], log: Any, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Starts a process that ends (on Linux) when this one does, even if this one is killed.
+
+    Args:
+        log: open file that gets all output.
+    """
+    tie = _die_with_parent if sys.platform == "linux" else None
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), preexec_fn=tie)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)

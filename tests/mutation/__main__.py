@@ -1,0 +1,109 @@
+"""Which mutants of the mathematics the mirrored tests do not notice.
+
+    python -m tests.mutation --sample 200 --output survivors.json     # or --file likelihood.py, --file ...
+
+Every mutant is a copy of the package with one operator, comparison, sign or constant changed (`tests.mutation.mutants`). It
+is caught if a mirrored test fails, or does not end in time. The score is the share that is caught. Runs on Linux and macOS:
+tests run in forked processes, which share what takes long to import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tests.mutation.mutants import MIRRORED, Mutant, mutants_of
+
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("numpy", "torch", "diffusers", "transformers", "peft", "trl", "datasets", "hypothesis", "pytest")
+
+
+def caught(mutant: Mutant, root: Path, timeout: float) -> bool:
+    """Whether the mirrored tests fail on a mutant, in a copy of the repository at ``root``."""
+    target = root / "dina_reward" / mutant.file
+    before = target.read_text(encoding="utf-8")
+    target.write_text(mutant.text, encoding="utf-8")
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os._exit(_run_tests(root, root / "tests" / MIRRORED[mutant.file]))
+    try:
+        return _exit_code(child, timeout) != 0
+    finally:
+        target.write_text(before, encoding="utf-8")
+
+
+def _run_tests(root: Path, tests: Path) -> int:
+    import pytest
+
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    sys.dont_write_bytecode = True
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "dina_reward")]:
+        del sys.modules[name]
+    try:
+        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]))
+    except BaseException:
+        return 1
+
+
+def _exit_code(child: int, timeout: float) -> int:
+    """Exit code of the child, which is ended when its time is over."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mutation score of the mathematics.")
+    parser.add_argument("--file", action="append", choices=sorted(MIRRORED), help="these files alone")
+    parser.add_argument("--sample", type=int, default=200, help="so many mutants, drawn at random; 0 for all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds that the tests of a mutant may take")
+    parser.add_argument("--output", type=Path, default=Path("survivors.json"), help="score and survivors")
+    arguments = parser.parse_args()
+    mutants = [mutant for file in arguments.file or MIRRORED for mutant in mutants_of(ROOT / "dina_reward", file)]
+    if 0 < arguments.sample < len(mutants):
+        mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
+    for name in HEAVY:
+        importlib.import_module(name)
+    survivors = []
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        for part in ("dina_reward", "tests", "recipes", "examples"):
+            shutil.copytree(ROOT / part, root / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", root)
+        with tqdm(mutants, desc="mutants") as progress:
+            for mutant in progress:
+                if not caught(mutant, root, arguments.timeout):
+                    survivors.append(str(mutant))
+                    progress.write(f"survives: {mutant}")
+    score = 1 - len(survivors) / max(1, len(mutants))
+    report = {"mutants": len(mutants), "caught": score, "survivors": survivors}
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants caught ({score:.1%}); see {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

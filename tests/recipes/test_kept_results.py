@@ -1,0 +1,76 @@
+"""Results that are kept: whole ones of the same settings and content, and no others; children that end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from dina_reward.recipes.kept_results import identity, read_result, write_result
+
+
+def test_a_result_is_kept_for_the_same_settings_and_content(tmp_path: Path) -> None:
+    config, path = tmp_path / "a.yaml", tmp_path / "run" / "result.json"
+    config.write_text("steps: 1")
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "head").write_bytes(b"1")
+
+    def wanted(**settings: object) -> dict[str, object]:
+        return identity({"seed": 0, "calls": (1, 2), **settings}, config, tmp_path / "reward", "no/such")
+
+    write_result(path, wanted(), {"accuracy": 0.7})
+    result = read_result(path, wanted())
+    assert result is not None
+    assert result["accuracy"] == 0.7
+    assert read_result(path, wanted(seed=1)) is None
+    assert read_result(path, wanted(more=1)) is None
+    for file, content in ((config, "steps: 2"), (tmp_path / "reward" / "head", "2")):
+        before = file.read_text()
+        file.write_text(content)
+        assert read_result(path, wanted()) is None
+        file.write_text(before)
+    assert read_result(path, wanted()) is not None
+
+
+@pytest.mark.parametrize("text", ["", '{"history": [{"st', "[]", '{"settings": 3}', "[" * 10**6])
+def test_a_damaged_result_is_made_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "result.json").write_text(text)
+    assert read_result(tmp_path / "result.json", identity({})) is None
+    assert read_result(tmp_path / "none.json", identity({})) is None
+
+
+def test_results_of_earlier_versions_are_kept(tmp_path: Path) -> None:
+    write_result(tmp_path / "result.json", {"seed": 0}, {})
+    assert read_result(tmp_path / "result.json", identity({"seed": 0})) is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is a signal on Linux alone")
+@pytest.mark.parametrize("killed_by", [signal.SIGTERM, signal.SIGKILL])
+def test_children_end_with_their_parent(tmp_path: Path, killed_by: signal.Signals) -> None:
+    script = textwrap.dedent(
+        f"""
+        import os, sys
+        from dina_reward.recipes.kept_results import start_child
+        with open({str(tmp_path / "log")!r}, "wb") as log:
+            child = start_child([sys.executable, "-c", "import time; time.sleep(100)"], log, os.environ)
+            print(child.pid, flush=True)
+            child.wait()
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.send_signal(killed_by)
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child outlived its parent")
