@@ -42,7 +42,7 @@ STAGED = {
     "evaluation/comparison_plots.py:plot_comparison": "the caller's staging directory",
     "evaluation/cost.py:reset_peak_memory": "a file of the kernel",
     "backbones/cards.py:write_table": "a page of the repository under version control",
-    "cli/demo.py:draw": "a picture, which nothing reads back",
+    "cli/demo_run.py:draw": "a picture, which nothing reads back",
 }
 
 

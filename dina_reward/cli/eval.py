@@ -130,10 +130,7 @@ def evaluate(
     """
     from dina_reward.cli.eval_run import DEFAULT_COLUMNS, EvalRequest, run_evaluation
 
-    if tie_threshold is not None and not (math.isfinite(tie_threshold) and tie_threshold >= 0):
-        raise ValueError(f"--tie-threshold must be a number of at least 0, got {tie_threshold}")
-    if output is not None and output.exists() and not output.is_dir():
-        raise ValueError(f"--output must be a directory, but {output} is a file")
+    _check(tie_threshold, output)
     request = EvalRequest(
         rewards=list(rewards or ()),
         dataset=dataset,
@@ -161,6 +158,13 @@ def evaluate(
         dtype=dtype.value,
     )
     _report(run_evaluation(request), output, as_json)
+
+
+def _check(tie_threshold: float | None, output: Path | None) -> None:
+    if tie_threshold is not None and not (math.isfinite(tie_threshold) and tie_threshold >= 0):
+        raise ValueError(f"--tie-threshold must be a number of at least 0, got {tie_threshold}")
+    if output is not None and output.exists() and not output.is_dir():
+        raise ValueError(f"--output must be a directory, but {output} is a file")
 
 
 def _report(comparison: Comparison, output: Path | None, as_json: bool) -> None:

@@ -1,4 +1,7 @@
-"""Checks of single values, for every configuration alike: types as annotated, numbers finite and in their range."""
+"""Checks of single values, for every configuration alike: types as annotated, numbers finite and in their range.
+
+Nothing here knows what a value is for; what belongs together is checked where it is used. Begin at `check_fields`.
+"""
 
 from __future__ import annotations
 
