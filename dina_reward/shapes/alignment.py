@@ -100,7 +100,7 @@ def alignment_config(
     *,
     world: str = "flow",
     iterations: int = ITERATIONS,
-    evaluate_every: int = 15,
+    evaluate_every: int = 10,
     seed: int = 0,
     **overrides: Any,
 ) -> DiffusionGRPOConfig:
@@ -122,7 +122,7 @@ def nft_config(
     output_dir: str | Path,
     *,
     iterations: int = ITERATIONS,
-    evaluate_every: int = 15,
+    evaluate_every: int = 10,
     seed: int = 0,
     **overrides: Any,
 ) -> DiffusionNFTConfig:

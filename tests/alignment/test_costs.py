@@ -107,7 +107,7 @@ def test_counts_go_on_when_a_run_is_resumed(tmp_path: Path) -> None:
         assert logged(resumed, "denoiser_calls")[-3:] == logged(straight, "denoiser_calls")[-3:] == [156, 168, 168]
         assert resumed.costs.costs().seconds > stored["seconds"]
     (checkpoint / "costs.json").unlink()
-    with pytest.raises(ValueError, match="holds no costs.json"):
+    with pytest.raises(ValueError, match="costs.json is missing"):
         resumed.train(resume_from_checkpoint=str(checkpoint))
 
 

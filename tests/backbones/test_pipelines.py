@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dina_reward.backbones.pipelines import load_pipeline, pipeline_index
-from dina_reward.cli.score import load_pipeline as load_for_score
-from dina_reward.cli.score import locate_reward
+from dina_reward.cli.score_run import load_pipeline as load_for_score
+from dina_reward.cli.score_run import locate_reward
 from tests.test_reward import make_reward
 
 

@@ -266,7 +266,7 @@ def test_another_fingerprint_is_refused(
     def build(dataset: Any = pairs, pipe: Any = pipeline, settings: CacheSettings = EMBEDS) -> None:
         build_cache(dataset, pipe, built[0], settings, max_broken=0.02, progress=False)
 
-    with pytest.raises(ValueError, match=r"another setting \(batch_size: 3 there, 4 now\)"):
+    with pytest.raises(ValueError, match=r"batch_size: 3 there, 4 here"):
         build(settings=replace(EMBEDS, batch_size=4))
     with pytest.raises(ValueError, match=r"another setting \(tolerance: 0.03 there, 0.1 now\)"):
         build(settings=replace(EMBEDS, rule=BucketRule(SETTINGS.rule.buckets, tolerance=0.1)))
@@ -294,7 +294,7 @@ def test_labels_without_images_are_part_of_the_fingerprint(pairs: ImagePairs, pi
     few.labels = (np.zeros(8), np.ones(8))  # type: ignore[attr-defined]
     build_cache(few, pipeline, tmp_path, SETTINGS, progress=False, dry_run=True)
     few.labels = (np.zeros(8), np.array([1, 1, 1, 1, 1, 1, 1, 2.0]))  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"another dataset \(labels: "):
+    with pytest.raises(ValueError, match=r"another dataset.*labels: "):
         build_cache(few, pipeline, tmp_path, SETTINGS, progress=False)
 
 
