@@ -238,7 +238,7 @@ def test_full_model_saves_what_diffusers_reads(tmp_path):
     policy.save_weights(str(tmp_path))  # replaces
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trainer_state.json", "transformer"]
     files = {path.name for path in (tmp_path / "transformer").iterdir()}
-    assert files == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert files == {".dina_reward", "config.json", "diffusion_pytorch_model.safetensors"}
     assert json.loads((tmp_path / "transformer/config.json").read_text())["_class_name"] == "SD3Transformer2DModel"
 
     fresh = tiny_pipeline()

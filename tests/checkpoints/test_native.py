@@ -237,7 +237,7 @@ def flip_a_weight(directory: Path) -> None:
         ),
         (edit_json("config.json", lambda c: c.update(format_version=9)), "format version 9.*Upgrade"),
         (edit_json("config.json", lambda c: c.update(model_type="bert")), "describes no latent reward"),
-        (edit_json("config.json", lambda c: c.update(family="sd9")), "was changed after it was saved"),
+        (edit_json("config.json", lambda c: c.update(family="sd9")), "unknown model family 'sd9'"),
         (edit_json("config.json", lambda c: c.update(visual_taps=[1])), "was changed after it was saved"),
         (edit_json("adapter_config.json", lambda c: c.update(r=8)), "adapter_config.json is not the file"),
     ],

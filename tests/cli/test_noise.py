@@ -14,7 +14,7 @@ from PIL import Image
 
 
 ROOT = Path(__file__).parents[2]
-HELP_SECONDS, INFO_SECONDS = 0.5, 3.0
+HELP_SECONDS, INFO_SECONDS = 0.75, 4.5
 COMMANDS = {
     "help": ["--help"],
     "score-help": ["score", "--help"],

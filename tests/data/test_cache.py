@@ -268,13 +268,13 @@ def test_another_fingerprint_is_refused(
 
     with pytest.raises(ValueError, match=r"batch_size: 3 there, 4 here"):
         build(settings=replace(EMBEDS, batch_size=4))
-    with pytest.raises(ValueError, match=r"another setting \(tolerance: 0.03 there, 0.1 now\)"):
+    with pytest.raises(ValueError, match=r"tolerance: 0.03 there, 0.1 here"):
         build(settings=replace(EMBEDS, rule=BucketRule(SETTINGS.rule.buckets, tolerance=0.1)))
-    with pytest.raises(ValueError, match=r"another dataset \(pairs: 60 there, 50 now"):
+    with pytest.raises(ValueError, match=r"pairs: 60 there, 50 here"):
         build(ImagePairs(pairs.folder, 50, [3]))
     other = ImagePairs(pairs.folder, PAIRS, [3])
     other.prompts[0] = "something else"
-    with pytest.raises(ValueError, match=r"another dataset \(rows: "):
+    with pytest.raises(ValueError, match=r"another dataset.*rows: "):
         build(other)
     weight = pipeline.vae.encoder.conv_in.weight
     with torch.no_grad():
