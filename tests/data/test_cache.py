@@ -280,7 +280,7 @@ def test_another_fingerprint_is_refused(
     with torch.no_grad():
         weight[0, 0, 0, 0] += 1
         try:
-            with pytest.raises(ValueError, match=r"another pipeline \(vae_weights: .*use the pipeline"):
+            with pytest.raises(ValueError, match=r"another pipeline.*vae_weights: "):
                 build()
         finally:
             weight[0, 0, 0, 0] -= 1
