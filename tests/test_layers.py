@@ -14,7 +14,7 @@ import dina_reward
 
 PACKAGE = Path(dina_reward.__file__).parent
 LAYERS = (
-    {"lazy", "quiet", "stored", "checks"},
+    {"lazy", "quiet", "checks"},
     {"noise", "likelihood"},
     {"families"},
     {"modeling"},

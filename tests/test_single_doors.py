@@ -17,7 +17,7 @@ WRITES = {"write_text", "write_bytes", "save_file", "torch.save", "savefig", "js
 ATOMIC = ("atomic_file", "atomic_files", "atomic_directory")
 SHAPES = "shapes/"  # reads and writes what its own build made, below a directory that it made
 READERS = {
-    "stored.py": "the door",
+    "checks/stored.py": "the door",
     "data/json_rows.py": "records of a dataset; a damaged one is counted",
     "data/columns.py": "values inside a row; a damaged one is counted",
     "checkpoints/published.py": "tensors of a pickled head, with weights_only, any error of which is ours",

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dina_reward.alignment.objectives.advantages import Aggregation, ScaleRewards
 from dina_reward.alignment.sampling.prompts import BatchGeometry
-from dina_reward.checks import check_choice, check_int, check_real, check_trainer_numbers, is_real
+from dina_reward.checks.values import check_choice, check_int, check_real, check_trainer_numbers, is_real
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from dina_reward.alignment.config import AlignmentConfig
-from dina_reward.stored import read_json
+from dina_reward.checks.stored import read_json
 from dina_reward.training.checkpointing import CheckpointedCallback
 
 

@@ -13,7 +13,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from torch import Tensor, nn
 
 from dina_reward.checkpoints.atomic import atomic_directory, atomic_files, settled
-from dina_reward.stored import open_tensors, parse_json
+from dina_reward.checks.stored import open_tensors, parse_json
 from dina_reward.training.sharding import assign, is_main_process, whole
 
 

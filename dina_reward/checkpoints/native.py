@@ -35,8 +35,8 @@ from dina_reward.checkpoints.parts import (
     read_lora_config,
     read_safetensors,
 )
+from dina_reward.checks.stored import file_digest
 from dina_reward.modeling import LatentRewardConfig
-from dina_reward.stored import file_digest
 
 
 FORMAT_VERSION = 1

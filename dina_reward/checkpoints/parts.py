@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dina_reward import stored
 from dina_reward.checkpoints.atomic import settled
-from dina_reward.checks import is_int, scheduler_config_checked
+from dina_reward.checks import stored
+from dina_reward.checks.values import is_int, scheduler_config_checked
 from dina_reward.families import get_family
 from dina_reward.modeling import LatentRewardConfig
 

@@ -17,11 +17,11 @@ from dina_reward.backbones.sharing import SharedBackboneError
 from dina_reward.checkpoints.convert import read_checkpoint, resolve_checkpoint
 from dina_reward.checkpoints.native import write_checkpoint
 from dina_reward.checkpoints.parts import Checkpoint, CheckpointError, check_state
+from dina_reward.checks.stored import check_same
 from dina_reward.families import get_family
 from dina_reward.modeling import LatentRewardConfig, LatentRewardModel, default_lora_config
 from dina_reward.modeling.config import lora_facts
 from dina_reward.modeling.prompt_encoding import PromptEncoder
-from dina_reward.stored import check_same
 
 
 _NOT_OF_THE_WEIGHTS = {"backbone_model_id", "backbone_config", "scheduler_config"}

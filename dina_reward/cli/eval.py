@@ -130,7 +130,7 @@ def evaluate(
     """
     from dina_reward.cli.eval_run import DEFAULT_COLUMNS, EvalRequest, run_evaluation
 
-    _check(tie_threshold, output)
+    _check_options(tie_threshold, output)
     request = EvalRequest(
         rewards=list(rewards or ()),
         dataset=dataset,
@@ -160,7 +160,7 @@ def evaluate(
     _report(run_evaluation(request), output, as_json)
 
 
-def _check(tie_threshold: float | None, output: Path | None) -> None:
+def _check_options(tie_threshold: float | None, output: Path | None) -> None:
     if tie_threshold is not None and not (math.isfinite(tie_threshold) and tie_threshold >= 0):
         raise ValueError(f"--tie-threshold must be a number of at least 0, got {tie_threshold}")
     if output is not None and output.exists() and not output.is_dir():

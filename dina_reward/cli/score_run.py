@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
 from dina_reward.checkpoints import read_checkpoint, resolve_checkpoint
+from dina_reward.checks.stored import read_tensors
 from dina_reward.cli.console import pipeline_path, reward_path
 from dina_reward.data.files import decode_image
 from dina_reward.noise.draws import fold_seed
 from dina_reward.quiet import no_loading_bars
 from dina_reward.reward import LatentReward
-from dina_reward.stored import read_tensors
 
 
 IMAGE_NOISE_LEVEL = 0.1

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from dina_reward.checkpoints.atomic import atomic_file
+from dina_reward.checks.stored import check_same, read_json
 from dina_reward.data.arrow_files import STORED_DTYPES
 from dina_reward.data.broken import BrokenRowError
 from dina_reward.data.buckets import BucketRule
 from dina_reward.data.cache_index import PairSource
 from dina_reward.families import ModelFamily
-from dina_reward.stored import check_same, read_json
 
 
 MANIFEST_NAME = "manifest.json"

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dina_reward.checks.stored import parse_json
 from dina_reward.data.files import decode_image, to_rgb
-from dina_reward.stored import parse_json
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dina_reward.checkpoints.atomic import atomic_directory, settled
+from dina_reward.checks.stored import read_json, read_tensors
 from dina_reward.data.records import check_columns, collate_preferences
-from dina_reward.stored import read_json, read_tensors
 
 
 if TYPE_CHECKING:

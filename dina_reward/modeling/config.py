@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from dina_reward.checks import check_fields
+from dina_reward.checks.values import check_fields
 from dina_reward.families import family_of, get_family
 from dina_reward.likelihood import LikelihoodName, PreferenceModel, preference_model
 from dina_reward.modeling.heads.config import RewardHeadConfig

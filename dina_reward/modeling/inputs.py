@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dina_reward.checks import is_int
+from dina_reward.checks.values import is_int
 from dina_reward.families import Conditioning, ModelFamily
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dina_reward.checks import check_fields, scheduler_config_checked
+from dina_reward.checks.values import check_fields, scheduler_config_checked
 
 
 _DDPM_PREDICTIONS = ("epsilon", "sample", "v_prediction")

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dina_reward.checks import check_choice, check_int
+from dina_reward.checks.values import check_choice, check_int
 from dina_reward.quiet import dtype_option
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from trl import TrlParser
 
-from dina_reward.checks import described, fits
+from dina_reward.checks.values import described, fits
 from dina_reward.quiet import hide_library_notes
 
 

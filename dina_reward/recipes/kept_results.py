@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dina_reward.checkpoints.atomic import atomic_file
-from dina_reward.stored import content_digest, differences, read_json
+from dina_reward.checks.stored import content_digest, differences, read_json
 
 
 _DIES_WITH_PARENT = 1

@@ -14,7 +14,7 @@ from torch import nn
 from dina_reward import LatentReward, LatentRewardConfig
 from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
 from dina_reward.backbones.pipelines import pipeline_index
-from dina_reward.checks import check_choice, check_fields
+from dina_reward.checks.values import check_choice, check_fields
 from dina_reward.data import load_preferences
 from dina_reward.data.cache_manifest import is_cache
 from dina_reward.data.storage import TENSORS_NAME

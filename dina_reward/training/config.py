@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from dina_reward.checks import check_trainer_numbers, is_real
+from dina_reward.checks.values import check_trainer_numbers, is_real
 from dina_reward.likelihood import PreferenceLoss
 from dina_reward.noise import LevelSampler
 

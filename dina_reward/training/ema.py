@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from dina_reward.backbones.wrappers import unwrap
-from dina_reward.stored import open_tensors
+from dina_reward.checks.stored import open_tensors
 from dina_reward.training.checkpointing import CheckpointedCallback
 from dina_reward.training.sharding import assign, is_main_process, local, reshard, trainable_parameters, whole
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dina_reward.stored import read_json
+from dina_reward.checks.stored import read_json
 
 
 LOCK_NAME = ".run.lock"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from dina_reward.checks.stored import check_same, file_digest, read_json
 from dina_reward.modeling.content import probe
-from dina_reward.stored import check_same, file_digest, read_json
 
 
 RUN_SETTINGS_NAME = "run_settings.json"

@@ -18,7 +18,7 @@ from dina_reward import CheckpointError
 from dina_reward.checkpoints import check_state, read_checkpoint
 from dina_reward.checkpoints.native import ADAPTER_FILE, HEAD_FILE, NATIVE_FILES, _config_digest
 from dina_reward.checkpoints.parts import ADAPTER_CONFIG_FILE, CONFIG_FILE, is_bounded_pattern
-from dina_reward.stored import file_digest
+from dina_reward.checks.stored import file_digest
 from tests.test_reward import make_reward
 
 

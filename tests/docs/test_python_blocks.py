@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import re
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dina_reward.evaluation import evaluate_preferences
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 from tests.docs.world import shorten_training, substituted
 
@@ -44,9 +42,6 @@ def run_page(page: Path) -> list[tuple[Block, str, str]]:
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = page.read_text(encoding="utf-8")
-    if "by=" in text and "by" not in inspect.signature(evaluate_preferences).parameters:
-        pytest.skip("evaluate_preferences does not take columns in this version")
     monkeypatch.chdir(tmp_path)
     shorten_training(monkeypatch)
     for block, printed, documented in run_page(page):

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from dina_reward.checkpoints.atomic import atomic_file
-from dina_reward.stored import parse_json
+from dina_reward.checks.stored import parse_json
 
 
 logger = logging.get_logger(__name__)

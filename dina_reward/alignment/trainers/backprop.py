@@ -24,7 +24,7 @@ from dina_reward.alignment.sampling.rollout import PredictFunction
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, generator_from
 from dina_reward.alignment.trainers.base import AlignmentTrainer
-from dina_reward.checks import check_choice, check_int, check_real, is_int
+from dina_reward.checks.values import check_choice, check_int, check_real, is_int
 from dina_reward.families import Conditioning
 from dina_reward.reward_functions import RewardFunction, callable_name, reward_list, takes_images
 

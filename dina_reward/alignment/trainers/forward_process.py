@@ -17,7 +17,7 @@ from dina_reward.alignment.sampling.prompts import PromptDataset
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, generator_from, noise_by_row
 from dina_reward.alignment.trainers.base import AlignmentTrainer
-from dina_reward.checks import check_choice, check_int
+from dina_reward.checks.values import check_choice, check_int
 from dina_reward.noise import LevelSampler, NoisePoint, NoiseProcess, expand_as, is_flow_matching
 from dina_reward.noise.draws import fold_seed
 from dina_reward.reward_functions import RewardFunction

@@ -18,8 +18,8 @@ from dina_reward.alignment.sampling.rollout import sde_window, trained_steps
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.trainers.base import AlignmentTrainer
 from dina_reward.alignment.trainers.grpo_config import DDPOConfig, DiffusionGRPOConfig
+from dina_reward.checks.stored import read_json
 from dina_reward.reward_functions import RewardFunction
-from dina_reward.stored import read_json
 from dina_reward.training.checkpointing import CheckpointedCallback
 
 

@@ -12,7 +12,7 @@ from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.objectives.policy_gradient import KLKind, check_kl_kind, check_objective_fits, get_objective
 from dina_reward.alignment.sampling.rollout import WindowSchedule, check_sde_window
 from dina_reward.alignment.sampling.steps import SDEType, check_eta
-from dina_reward.checks import check_choice, check_int, check_real, is_int
+from dina_reward.checks.values import check_choice, check_int, check_real, is_int
 
 
 logger = logging.get_logger(__name__)

@@ -17,7 +17,7 @@ from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.prompts import PromptDataset
 from dina_reward.alignment.trainers.forward_process import ForwardProcess, ForwardProcessConfig, ForwardProcessTrainer
-from dina_reward.checks import check_real
+from dina_reward.checks.values import check_real
 from dina_reward.noise import NoisePoint
 from dina_reward.reward_functions import RewardFunction
 

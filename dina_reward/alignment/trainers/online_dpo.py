@@ -14,7 +14,7 @@ from dina_reward.alignment.experience.maker import Experience
 from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
 from dina_reward.alignment.sampling.rollout import PredictFunction
 from dina_reward.alignment.trainers.forward_process import ForwardProcessConfig, ForwardProcessTrainer
-from dina_reward.checks import check_choice, check_int, check_real
+from dina_reward.checks.values import check_choice, check_int, check_real
 from dina_reward.likelihood import ThurstoneModel, thurstone_preference
 from dina_reward.noise import NoisePoint
 

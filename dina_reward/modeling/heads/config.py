@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dina_reward.checks import check_fields
+from dina_reward.checks.values import check_fields
 
 
 HeadKind = Literal["query", "pooled", "conv"]
