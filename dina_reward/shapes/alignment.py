@@ -35,7 +35,7 @@ from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 from dina_reward.shapes.worlds import World, get_world
 
 
-ITERATIONS = 60
+ITERATIONS = 45
 EVALUATION_PROMPTS = 144
 EVALUATION_IMAGES = 36
 OPTIMIZER_STEPS_PER_ITERATION = 2
