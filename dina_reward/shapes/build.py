@@ -88,11 +88,12 @@ PHASES = {
         Phase(steps=1500, learning_rate=1e-3, kinds=HARD_KINDS, alike_weight=12),
         Phase(steps=1000, learning_rate=1e-3, kinds=HARD_KINDS, alike_weight=2),
         Phase(steps=1400, learning_rate=1e-3, kinds=HARD_KINDS, alike_weight=2),
+        Phase(steps=1500, learning_rate=1e-3, kinds=HARD_KINDS, alike_weight=1.5),
     ),
     "ddpm": (Phase(),),
 }
 """Training of each reward. After two phases the transformer tells every two outlines apart but circles and squares, where it
-is right half of the time; the third is mostly about these, at the cost of others, and the last two bring those back."""
+is right half of the time; the third is mostly about these, at the cost of others, and the others bring those back."""
 
 CALIBRATION_SEED, CALIBRATION_POOL, CALIBRATION_PAIRS = 777, 256, 4000
 """Pairs that the variance of a trained reward's likelihood is fitted to: other latents, captions of the training split."""

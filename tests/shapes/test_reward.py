@@ -19,6 +19,10 @@ LEAST = {"size": 0.85, "color": 0.9, "shape": 0.8, "background": 0.95, "several"
 """Accuracy at level 0.4 that no reward may fall below, by what differs, on some hundred pairs each."""
 
 
+LEAST_OUTLINES = 0.65
+"""Accuracy at level 0.1 on pairs of any two outlines, on some dozens of pairs each; a coin flip has 0.5."""
+
+
 @pytest.fixture(scope="module", params=["flow", "ddpm"])
 def world(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -50,6 +54,10 @@ def test_accuracy_ensemble_and_calibration(reward: LatentReward, pairs: Preferen
     # No attribute hides behind the others.
     cells = report.by["differs"]["0.4"]
     assert {name for name, cell in cells.items() if cell.accuracy.value < LEAST[name]} == set(), cells
+    # Nor does a pair of outlines hide behind the others.
+    outlines = {name: cell.accuracy.value for name, cell in report.by["outlines"]["0.1"].items()}
+    assert len(outlines) == 7
+    assert min(outlines.values()) >= LEAST_OUTLINES, outlines
     clear = sum(abs(pair["gap"]) > NEGLIGIBLE_GAP or pair["differs"] == "cleanness" for pair in pairs)
     assert report.accuracy["0.4"].counted < clear
 
