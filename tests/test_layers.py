@@ -24,7 +24,7 @@ LAYERS = (
     {"evaluation"},
     {"training"},
     {"alignment"},
-    {"search", "integrations", "serving", "distill"},
+    {"search", "integrations", "serving", "distill", "bench"},
     {"shapes"},
     {"recipes"},
     {"cli"},

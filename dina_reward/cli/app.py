@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from dina_reward.cli.align import align
+from dina_reward.cli.bench import bench
 from dina_reward.cli.cache import cache
 from dina_reward.cli.convert import convert
 from dina_reward.cli.demo import demo
@@ -31,6 +32,7 @@ app.command("eval")(evaluate)
 app.command()(cache)
 app.command(context_settings=PASS_THROUGH)(train)
 app.command(context_settings=PASS_THROUGH)(align)
+app.command()(bench)
 app.command()(convert)
 app.add_typer(recipes, name="recipes")
 app.command()(demo)
