@@ -38,6 +38,7 @@ STAGED = {
     "training/trainer.py:_save_optimizer_and_scheduler": "a checkpoint that is still hidden",
     "alignment/trainers/grpo.py:save_state": "a checkpoint that is still hidden",
     "alignment/costs.py:save_state": "a checkpoint that is still hidden",
+    "bench/report.py:draw": "the caller's staging file",
     "evaluation/plots.py:plot_evaluation": "a picture, which nothing reads back",
     "evaluation/comparison_plots.py:plot_comparison": "the caller's staging directory",
     "evaluation/cost.py:reset_peak_memory": "a file of the kernel",

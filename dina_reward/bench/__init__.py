@@ -1,7 +1,7 @@
 """What scoring, training and sampling cost on the machine at hand, against what the machine can do.
 
 Here live the subjects (a generator with a reward, of real or of random weights), the timing of one row, the rows themselves
-and the report; no model code may. Begin with `run_bench`.
+and the report; no model code may. Begin at `run_bench`.
 """
 
 from typing import TYPE_CHECKING

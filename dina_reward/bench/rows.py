@@ -167,7 +167,7 @@ def score_cases(
 
 def _score(subject: Subject, shared: bool, batch: int, count: int, compiled: bool) -> Work:
     reward, latents, text = subject.reward(shared), subject.latents(batch), subject.conditioning(batch)
-    embeds = {
+    embeds: dict[str, Any] = {
         "prompt_embeds": text.prompt_embeds,
         "pooled_prompt_embeds": text.pooled_prompt_embeds,
         "prompt_embeds_mask": text.prompt_embeds_mask,

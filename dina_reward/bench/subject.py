@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ class Subject:
     @property
     def denoiser(self) -> nn.Module:
         """The generator's denoiser."""
-        return getattr(self.pipeline, self.family.denoiser_attribute)  # type: ignore[no-any-return]
+        return getattr(self.pipeline, self.family.denoiser_attribute)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dina_reward.cli.console import in_terminal, print_table
 from dina_reward.cli.options import DeviceOption, DtypeChoice, DtypeOption, JsonOption
 from dina_reward.recipes.alignment import WORLDS
+
+
+if TYPE_CHECKING:
+    from dina_reward.bench import BenchReport, Subject
 
 
 def bench(
@@ -46,7 +50,6 @@ def bench(
     """Measures scores, decoding, training steps and denoiser calls against what this machine can do."""
     import json
 
-    from dina_reward.bench.report import COLUMNS
     from dina_reward.bench.run import BATCH_SIZES, QUICK_BATCH_SIZES, BenchSettings, run_bench
 
     sizes = QUICK_BATCH_SIZES if quick else BATCH_SIZES
@@ -61,6 +64,13 @@ def bench(
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
         return
+    _show(report)
+    print(f"Written: {', '.join(map(str, written))}")
+
+
+def _show(report: BenchReport) -> None:
+    from dina_reward.bench.report import COLUMNS
+
     machine = report.machine
     print_table(
         f"{report.model} ({report.weights} weights), {report.width} x {report.height}, {machine.dtype}, {machine.device}",
@@ -78,10 +88,9 @@ def bench(
         )
     for name, reason in report.failed.items():
         print(f"Left out: {name}: {reason}")
-    print(f"Written: {', '.join(map(str, written))}")
 
 
-def _subject(target: str, size: int | None, weights: str | None, dtype: str, device: str | None):  # type: ignore[no-untyped-def]
+def _subject(target: str, size: int | None, weights: str | None, dtype: str, device: str | None) -> Subject:
     import torch
 
     from dina_reward.backbones.structures import published_models
