@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dina_reward.checks.values import check_choice, check_int
 from dina_reward.quiet import dtype_option
+from dina_reward.shipped import WORLDS
 
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes that frozen weights may have."""
-
-WORLDS = {"shapes": "flow", "shapes-ddpm": "ddpm"}
-"""What recipes and commands call the generators of `dina_reward.shapes` and their rewards: flow-matching and DDPM."""
-
 
 ALGORITHMS = {
     "flow_grpo": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
@@ -103,19 +100,40 @@ def align(
 def main(algorithm: str, args: Sequence[str]) -> None:
     """What ``dina-reward align`` does: parses a command line as the recipe of an algorithm does, and aligns.
 
+    Args:
+        algorithm: one of `ALGORITHMS`, or the name of a configuration, which stands for its algorithm and ``--config``.
+        args: further options.
+
     Raises:
-        ValueError: no such algorithm, or options that do not fit.
+        ValueError: no such algorithm or configuration, or options that do not fit.
     """
     from dina_reward import alignment
-    from dina_reward.recipes.arguments import ConfigParser, did_you_mean
+    from dina_reward.recipes.arguments import ConfigParser
 
     if algorithm not in ALGORITHMS:
-        guess = did_you_mean(algorithm, ALGORITHMS)
-        raise ValueError(f"no algorithm {algorithm!r}{guess or '; there are ' + ', '.join(ALGORITHMS)}")
+        algorithm, args = _algorithm_of(algorithm, args)
     config_class, trainer_class = ALGORITHMS[algorithm]
     parser = ConfigParser((RecipeArguments, getattr(alignment, config_class)))
     arguments, config = parser.parse_args_and_config(args)
     align(getattr(alignment, trainer_class), arguments, config)
+
+
+def _algorithm_of(name: str, args: Sequence[str]) -> tuple[str, list[str]]:
+    """The algorithm of a configuration and the options that name it."""
+    from dina_reward.recipes.arguments import did_you_mean
+    from dina_reward.recipes.configs import configs_of, find_directory
+
+    launches = {config.name: config for config in configs_of(find_directory()) if config.launch is not None}
+    recipes = {name: config.launch.recipe for name, config in launches.items() if config.launch is not None}
+    if recipes.get(name) in ALGORITHMS:
+        return recipes[name], ["--config", str(launches[name].path), *args]
+    if name in recipes:
+        raise ValueError(f"{name} is a configuration of recipes/{recipes[name]}.py, which aligns nothing")
+    known = [*ALGORITHMS, *(name for name, recipe in recipes.items() if recipe in ALGORITHMS)]
+    guess = (
+        did_you_mean(name, known) or f"; there are {', '.join(ALGORITHMS)}, and what `dina-reward recipes list` shows"
+    )
+    raise ValueError(f"no algorithm or configuration {name!r}{guess}")
 
 
 def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple[Any, LatentReward]:
@@ -126,7 +144,7 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
             that does not fit the generator.
     """
     from dina_reward import LatentReward
-    from dina_reward.shapes import load_pipeline, load_reward
+    from dina_reward.shapes import load_pipeline
 
     dtype, name = torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
     pipeline: Any
@@ -138,11 +156,10 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
         pipeline = open_pipeline(name, dtype=dtype, **_loading_options(name))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"pipeline": pipeline, "share_backbone": arguments.share_backbone}
-    path = arguments.reward_model_path
-    if path in WORLDS:
-        return pipeline, load_reward(WORLDS[path], **options)
-    return pipeline, LatentReward.from_pretrained(path, **options)
+    reward = LatentReward.from_pretrained(
+        arguments.reward_model_path, pipeline=pipeline, share_backbone=arguments.share_backbone
+    )
+    return pipeline, reward
 
 
 def load_reward_funcs(arguments: RecipeArguments, latent_reward: LatentReward) -> list[Any]:
