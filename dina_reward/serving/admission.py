@@ -68,7 +68,8 @@ class Admission:
         asked = _Asked(rows, size, asyncio.get_running_loop().create_future())
         self._asked.append(asked)
         try:
-            await asyncio.wait_for(asked.granted, deadline - now)
+            async with asyncio.timeout(deadline - now):
+                await asked.granted
         except TimeoutError:
             self._withdraw(asked)
             raise self._refusal("a request that found no room in time", waiting) from None

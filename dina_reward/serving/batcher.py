@@ -121,7 +121,8 @@ class MicroBatcher:
         self._queued += 1
         self._changed.set()
         try:
-            return await asyncio.wait_for(waiting.answer, deadline - time.monotonic())
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await waiting.answer
         except TimeoutError:
             raise RequestError(
                 503,

@@ -66,14 +66,14 @@ class Transport:
         urls: of the servers.
         token: sent as ``Authorization: Bearer``.
         timeout: seconds for a request with all its attempts.
-        max_connections: connections to each server that stay open.
+        max_connections: requests on their way at once, per server; so many connections stay open.
     """
 
     def __init__(self, urls: Sequence[str], *, token: str | None, timeout: float, max_connections: int) -> None:
         self.servers = [Server(_without_path(url)) for url in urls]
         self.timeout = timeout
         self._token = token
-        self._pool = urllib3.PoolManager(maxsize=max_connections, retries=False)
+        self._pool = urllib3.PoolManager(maxsize=max_connections * len(urls), retries=False)
         self._lock = threading.Lock()
 
     def send(
