@@ -25,6 +25,7 @@ _KEEP_ALIVE = 75
 """Seconds that an idle connection stays open; more than the pools of clients keep theirs, so that these close first."""
 
 _LAST_ANSWERS = 1.0
+_LAST_HEADS = 0.2
 
 
 def serve(
@@ -101,6 +102,11 @@ class DrainingServer(uvicorn.Server):
         """Finishes what was accepted; what cannot be in time is answered with 503."""
         patience = max(0.0, self.service.config.shutdown_timeout - _LAST_ANSWERS)
         last_answers = asyncio.get_running_loop().call_later(patience, self.service.stop_waiting)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(
+            _LAST_HEADS
+        )  # what was just sent over open connections is read before idle ones are closed
         await super().shutdown(sockets)
         last_answers.cancel()
 

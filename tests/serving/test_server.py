@@ -29,7 +29,7 @@ def status(url: str, path: str) -> int:
 
 
 def test_after_the_signal_requests_are_still_scored_and_then_all_is_finished(reward: LatentReward) -> None:
-    server = Running(reward, ServingConfig(drain_seconds=0.6, shutdown_timeout=20))
+    server = Running(reward, ServingConfig(drain_seconds=3.0, shutdown_timeout=20))
     server.start()
     body = v1_body(reward, torch.zeros(8, 8, 8), PROMPTS[0])
     slow = server.service.batcher
