@@ -65,9 +65,8 @@ def build(arguments: Mapping[str, Any]) -> Any:
         options["num_replicas"] = replicas
     if gpus == 0:
         loading.setdefault("device", "cpu")
-    application = partial(_application, loading, config)
-    replica = serve.ingress(application)(_Replica)
-    return serve.deployment(**options)(replica).bind(loading, config)
+    replica = serve.ingress(partial(_application, loading, config))(_Replica)
+    return serve.deployment(**options)(replica).bind()
 
 
 class _Replica:

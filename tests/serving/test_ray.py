@@ -22,7 +22,6 @@ class Recorded:
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}
-        self.bound: tuple[Any, ...] = ()
         self.application: Any = None
 
     def ingress(self, application: Any) -> Any:
@@ -31,7 +30,7 @@ class Recorded:
 
     def deployment(self, **options: Any) -> Any:
         self.options = options
-        return lambda cls: types.SimpleNamespace(bind=lambda *given: setattr(self, "bound", given))
+        return lambda cls: types.SimpleNamespace(bind=lambda: self)
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def test_arguments_come_as_texts_and_go_where_they_belong(recorded: Recorded) ->
     assert recorded.options["num_replicas"] == 2
     assert recorded.options["ray_actor_options"] == {"num_gpus": 0, "num_cpus": 1}
     assert recorded.options["max_ongoing_requests"] >= 2 * 16
-    loading, config = recorded.bound
+    loading, config = recorded.application.args
     assert loading == {"model_path": "m", "device": "cpu"}
     assert config == ServingConfig(max_batch_size=16, max_wait_ms=5.0)
 
