@@ -323,8 +323,9 @@ def _positions(names: Sequence[str], unique: Sequence[str]) -> Tensor:
 def _body(tensors: Mapping[str, Tensor], text: _Text, options: Mapping[str, Any], rows: slice) -> bytes:
     """One request; large tensors leave their device here, a part at a time."""
     prompts, texts = text.of_rows(rows)
-    part = {name: tensor[rows].detach().cpu().contiguous() for name, tensor in tensors.items()}
-    part |= {name: tensor.detach().cpu().contiguous() for name, tensor in prompts.items()}
+    part = {name: tensor[rows] for name, tensor in tensors.items()} | prompts
+    # Copies, since tensors that share memory are not saved.
+    part = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in part.items()}
     return save(part, {OPTIONS_KEY: json_text({**options, "prompts": texts})})
 
 

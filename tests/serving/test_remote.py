@@ -99,6 +99,10 @@ def test_embeddings(
     assert torch.equal(remote(latents, seed=3, **given), reward(latents, prompts[:rows] * (6 // rows), seed=3))
 
 
+def test_tensors_may_share_memory(reward: LatentReward, remote: RemoteReward, latents: Tensor) -> None:
+    assert torch.equal(reward(latents, PROMPTS[0], noise=latents), remote(latents, PROMPTS[0], noise=latents))
+
+
 def test_dtypes_other_than_float32(
     reward: LatentReward, remote: RemoteReward, latents: Tensor, prompts: list[str]
 ) -> None:

@@ -22,7 +22,10 @@ TWO = torch.tensor([0.2, 0.4])
 
 
 def read(reward: LatentReward, tensors: dict[str, torch.Tensor], **options: Any) -> ScoreRequest:
-    body = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"options": json.dumps(options)})
+    # Copies, since tensors that share memory are not saved.
+    body = save(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, {"options": json.dumps(options)}
+    )
     length = header_length(body, 1 << 20)
     header = parse_header(body[PREFIX : PREFIX + length])
     check_tensors(header, 2, LIMITS)
