@@ -83,19 +83,19 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self.service = service
         service.on_failure = self._stop
+        self._signal: signal.Signals | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain; second: end."""
-        if self.service.state == "draining":
+        """First signal: drain; second: end. It may interrupt anything, so it only sets flags."""
+        if self._signal is None:
+            self._signal = signal.Signals(sig)
+        else:
             self.should_exit = self.force_exit = True
-            return
-        logger.info(f"{signal.Signals(sig).name}: draining for {self.service.config.drain_seconds:g} s")
-        self.service.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Stops accepting when the time to drain is over."""
-        if self.service.state == "draining" and not self.should_exit:
-            await self._drain()
+        """Comes ten times a second; stops accepting when the time to drain is over."""
+        if self._signal is not None and not self.should_exit:
+            await self._drain(self._signal)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: Any = None) -> None:
@@ -110,9 +110,12 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
         last_answers.cancel()
 
-    async def _drain(self) -> None:
+    async def _drain(self, received: signal.Signals) -> None:
+        seconds = self.service.config.drain_seconds
+        logger.info(f"{received.name}: draining for {seconds:g} s")
+        self.service.drain()
         loop = asyncio.get_running_loop()
-        until = loop.time() + self.service.config.drain_seconds
+        until = loop.time() + seconds
         while loop.time() < until and not self.should_exit:
             await asyncio.sleep(0.05)
         self.should_exit = True
