@@ -112,6 +112,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a busy machine takes minutes to import what is served
 def test_the_command_from_start_to_sigterm_under_load(tmp_path: Path, reward: LatentReward) -> None:
     port, token = free_port(), tmp_path / "token"
     token.write_text("s3cret\n")
@@ -143,7 +144,7 @@ def test_the_command_from_start_to_sigterm_under_load(tmp_path: Path, reward: La
 
     with log.open("wb") as errors, subprocess.Popen(command, stderr=errors, env=os.environ) as process:
         try:
-            deadline = time.monotonic() + 200
+            deadline = time.monotonic() + 600
             while time.monotonic() < deadline:
                 try:
                     if status(url, "/readyz") == 200:
@@ -151,6 +152,8 @@ def test_the_command_from_start_to_sigterm_under_load(tmp_path: Path, reward: La
                 except urllib3.exceptions.HTTPError:
                     assert process.poll() is None, log.read_text()
                 time.sleep(0.2)
+            else:
+                pytest.fail(f"not ready: {log.read_text()}")
             assert urllib3.request("POST", f"{url}/v1/score", body=body, headers=V1_HEADERS).status == 401
             with ThreadPoolExecutor(16) as threads:
                 clients = [threads.submit(client) for _ in range(16)]
