@@ -40,7 +40,7 @@ def build(arguments: Mapping[str, Any]) -> Any:
         ValueError: arguments that are none of these, or do not fit.
         ImportError: there is no ``ray[serve]``.
     """
-    from ray import serve
+    from ray import serve  # type: ignore[import-not-found, unused-ignore]
 
     loading, placing, config = _sorted(arguments)
     replicas = int(placing.get("num_replicas", 1))
