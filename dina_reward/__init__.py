@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dina_reward.modeling.inputs import NonFiniteError
     from dina_reward.modeling.scoring import RewardOutput
     from dina_reward.reward import LatentReward
+    from dina_reward.serving.remote import RemoteReward
     from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 
 __version__ = "0.1.0"

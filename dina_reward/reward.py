@@ -37,7 +37,7 @@ Options = ParamSpec("Options")
 Result = TypeVar("Result")
 
 
-def _options_of(
+def options_of(
     source: Callable[Concatenate[Any, Options], Any],
 ) -> Callable[[Callable[..., Result]], Callable[Concatenate[Any, Options], Result]]:
     """Gives a method the parameters of another one, as type checkers, editors and `inspect.signature` see them."""
@@ -141,7 +141,7 @@ class LatentReward(PretrainedReward):
         )
 
     @torch.no_grad()
-    @_options_of(score)
+    @options_of(score)
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         """Scores clean latents without gradient: the ``scores`` of `score`, which has the arguments and errors.
 
@@ -232,16 +232,7 @@ class LatentReward(PretrainedReward):
         Returns:
             `Tensor`: shape ``(batch,)``, float32.
         """
-        if latents_a.shape != latents_b.shape:
-            raise ValueError(f"the two sides differ in shape: {tuple(latents_a.shape)} and {tuple(latents_b.shape)}")
-        refused = sorted({"generator", "normalize"} & set(options))
-        if refused:
-            raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
-        if options.get("seed") is None and options.get("noise") is None:
-            options["seed"] = int(torch.randint(2**62, (1,), device="cpu"))
-        options = {name: _of_both_sides(name, value, latents_a, options) for name, value in options.items()}
-        if prompts is not None:
-            prompts = 2 * expand_prompts(prompts, len(latents_a))
+        prompts, options = options_for_both_sides(latents_a, latents_b, prompts, options)
         scores_a, scores_b = self(torch.cat([latents_a, latents_b]), prompts, **options).chunk(2)
         level = ensemble_level(self._points(options.get("noise_level")).level)
         return self.preference_model.probability(scores_a, scores_b, level.to(self.device))
@@ -340,6 +331,26 @@ def _given_conditioning(embeds: Tensor | None, pooled: Tensor | None, mask: Tens
             raise ValueError("pooled_prompt_embeds and prompt_embeds_mask belong to prompt_embeds; give these too")
         return None
     return Conditioning(embeds, pooled, None if mask is None else mask.bool())
+
+
+def options_for_both_sides(
+    latents_a: Tensor, latents_b: Tensor, prompts: str | Sequence[str] | None, options: Mapping[str, Any]
+) -> tuple[list[str] | None, dict[str, Any]]:
+    """Prompts and options of `LatentReward.preference` for one pass over both sides, which see the same noise.
+
+    Raises:
+        ValueError: sides of different shapes, or options that give the sides different noise.
+    """
+    if latents_a.shape != latents_b.shape:
+        raise ValueError(f"the two sides differ in shape: {tuple(latents_a.shape)} and {tuple(latents_b.shape)}")
+    refused = sorted({"generator", "normalize"} & set(options))
+    if refused:
+        raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
+    options = dict(options)
+    if options.get("seed") is None and options.get("noise") is None:
+        options["seed"] = int(torch.randint(2**62, (1,), device="cpu"))
+    both = {name: _of_both_sides(name, value, latents_a, options) for name, value in options.items()}
+    return None if prompts is None else 2 * expand_prompts(prompts, len(latents_a)), both
 
 
 def _of_both_sides(name: str, value: Any, side: Tensor, options: Mapping[str, Any]) -> Any:

@@ -112,6 +112,12 @@ class AlignmentConfig(TrainingArguments):
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Quantise the frozen weights to NF4 under the LoRA (QLoRA, bitsandbytes)."}
     )
+    reward_overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "Score a micro-batch in a thread while the next is sampled; for rewards on servers. Results are equal."
+        },
+    )
     offload_trajectories: bool = field(
         default=False, metadata={"help": "Keep recorded sampler states in host memory until they are trained on."}
     )

@@ -14,6 +14,7 @@ from dina_reward.cli.info import info
 from dina_reward.cli.options import PASS_THROUGH
 from dina_reward.cli.recipes import app as recipes
 from dina_reward.cli.score import score
+from dina_reward.cli.serve import serve
 from dina_reward.cli.train import train
 from dina_reward.lazy import MissingExtraError
 from dina_reward.quiet import hide_library_notes
@@ -34,6 +35,7 @@ app.command()(cache)
 app.command(context_settings=PASS_THROUGH)(train)
 app.command(context_settings=PASS_THROUGH)(align)
 app.command()(bench)
+app.command()(serve)
 app.command()(convert)
 app.add_typer(recipes, name="recipes")
 app.command()(demo)

@@ -19,7 +19,7 @@ from dina_reward.shipped import WORLDS
 if TYPE_CHECKING:
     import torch
 
-    from dina_reward import LatentReward
+    from dina_reward import LatentReward, RemoteReward
     from dina_reward.alignment import AlignmentConfig, AlignmentTrainer
 
 
@@ -45,7 +45,10 @@ class RecipeArguments:
         metadata={"help": "Diffusers pipeline (hub id or path), or 'shapes' or 'shapes-ddpm', which are embedded."}
     )
     reward_model_path: str = field(
-        metadata={"help": "LatentReward checkpoint (hub id or path), or 'shapes' or 'shapes-ddpm'."}
+        metadata={
+            "help": "LatentReward checkpoint (hub id or path), 'shapes', 'shapes-ddpm', or addresses of scoring servers, as "
+            "http://host:8000,http://other:8000."
+        }
     )
     dataset_name: str = field(
         metadata={
@@ -136,14 +139,15 @@ def _algorithm_of(name: str, args: Sequence[str]) -> tuple[str, list[str]]:
     raise ValueError(f"no algorithm or configuration {name!r}{guess}")
 
 
-def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple[Any, LatentReward]:
-    """Generator and latent reward on one device.
+def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple[Any, LatentReward | RemoteReward]:
+    """Generator and latent reward on one device; or a reward on servers, where its path is their address.
 
     Raises:
         ValueError: unknown dtype, a generator of no supported family (found before its weights are fetched), or a reward
             that does not fit the generator.
     """
-    from dina_reward import LatentReward
+    from dina_reward import LatentReward, RemoteReward
+    from dina_reward.serving.remote import remote_urls
     from dina_reward.shapes import load_pipeline
 
     dtype, name = torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
@@ -156,13 +160,15 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
         pipeline = open_pipeline(name, dtype=dtype, **_loading_options(name))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
+    if urls := list(remote_urls(arguments.reward_model_path)):
+        return pipeline, RemoteReward(urls)
     reward = LatentReward.from_pretrained(
         arguments.reward_model_path, pipeline=pipeline, share_backbone=arguments.share_backbone
     )
     return pipeline, reward
 
 
-def load_reward_funcs(arguments: RecipeArguments, latent_reward: LatentReward) -> list[Any]:
+def load_reward_funcs(arguments: RecipeArguments, latent_reward: Any) -> list[Any]:
     """The latent reward and the further rewards that training maximises."""
     return [latent_reward, *map(import_function, arguments.reward_funcs or ())]
 

@@ -61,6 +61,7 @@ _MAY_CHANGE = {
     "report_to",
     "restore_callback_states_from_checkpoint",
     "resume_from_checkpoint",
+    "reward_overlap",
     "run_name",
     "skip_memory_metrics",
     "torch_empty_cache_steps",

@@ -30,6 +30,7 @@ from tests.data.preference_files import npy, write_json, write_parquet
 from tests.docs.pages import ROOT, SOURCES, docstring_examples
 from tests.docs.world import shorten_training
 from tests.evaluation.tiny_clip import save_tiny_clip
+from tests.serving.conftest import running
 from tests.tiny_models import tiny_sd3_pipeline
 from tests.training.tiny_reward import LATENT_SHAPE, separable_pairs, tiny_reward
 from tests.training.toy import ToyModel, ToyTrainer, toy_arguments, toy_data
@@ -37,6 +38,9 @@ from tests.training.toy import ToyModel, ToyTrainer, toy_arguments, toy_data
 
 VARYING = {"calibrate_variance", "LevelSampler"}
 """Examples whose figures depend on the models, or of which only the shape is of interest."""
+
+SERVER = "http://reward-host:8000"
+"""Address of a scoring server in examples."""
 
 TINY_RUN = {
     "height": 16, "width": 16, "num_inference_steps": 6, "max_sequence_length": 8, "report_to": "none", "use_cpu": True,
@@ -192,8 +196,12 @@ def test_example_runs(
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     monkeypatch.setattr(sys, "argv", ["recipe.py", *REQUIRED])
     shorten_training(monkeypatch)
-    for printed, documented in run_examples(examples, names, tmp_path):
-        assert name in VARYING or printed == documented
+    served = running(names["reward"].eval()) if SERVER in text else contextlib.nullcontext()
+    with served as server:
+        if server is not None:
+            examples = [doctest.Example(each.source.replace(SERVER, server.url), each.want) for each in examples]
+        for printed, documented in run_examples(examples, names, tmp_path):
+            assert name in VARYING or printed == documented
 
 
 def test_examples_are_found() -> None:

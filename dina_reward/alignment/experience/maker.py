@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.experience.diversity import diversity
+from dina_reward.alignment.experience.overlap import scoring
 from dina_reward.alignment.experience.rewards import RewardSet
 from dina_reward.alignment.experience.silence import SilentRewards
 from dina_reward.alignment.objectives.advantages import Advantages, compute_advantages
@@ -152,10 +154,19 @@ class ExperienceMaker:
         """
         plan = RolloutPlan() if plan is None else plan
         started = time.perf_counter()
-        conditioning, negative, chunks = self._sample(generation, plan)
-        sampled = time.perf_counter()
-        scores = [self._score(generation, chunk, conditioning, chunk.rollout.latents) for chunk in chunks]
-        along = [self._score_predictions(generation, chunk, conditioning) for chunk in chunks if chunk.rollout.clean]
+        rows = self._row_ranges()
+        conditioning, prompt_rows, prompt_index = self.encode(generation, [row for part in rows for row in part])
+        negative = self.policy.encode_negative(self.device)
+        chunks: list[_Chunk] = []
+        with scoring(overlap=self.args.reward_overlap) as start:
+            finals, predictions = [], []
+            for chunk in self._sample(generation, plan, conditioning, negative, prompt_rows, prompt_index):
+                chunks.append(chunk)
+                finals.append(start(partial(self._score, generation, chunk, conditioning, chunk.rollout.latents)))
+                if chunk.rollout.clean:
+                    predictions.append(start(partial(self._score_predictions, generation, chunk, conditioning)))
+            sampled = time.perf_counter()
+            scores, along = [result() for result in finals], [result() for result in predictions]
         scored = time.perf_counter()
         all_scores = self._gather(chunks, scores)
         heard = self.silent_rewards.check(generation, all_scores)
@@ -216,13 +227,21 @@ class ExperienceMaker:
         conditioning = self.policy.encode(unique, self.device)
         return conditioning, prompt_rows, [position[row["prompt"]] for row in prompt_rows]
 
-    def _sample(self, generation: int, plan: RolloutPlan) -> tuple[Conditioning, Conditioning | None, list[_Chunk]]:
+    def _row_ranges(self) -> list[range]:
+        """Rows of each micro-batch of this rank."""
         geometry, rank = self.prompts.geometry, self.accelerator.process_index
-        row_ranges = [geometry.rows_of(chunk, rank) for chunk in range(geometry.num_chunks)]
-        conditioning, prompt_rows, prompt_index = self.encode(generation, [row for part in row_ranges for row in part])
-        negative = self.policy.encode_negative(self.device)
-        chunks = []
-        for number, rows in enumerate(row_ranges):
+        return [geometry.rows_of(chunk, rank) for chunk in range(geometry.num_chunks)]
+
+    def _sample(
+        self,
+        generation: int,
+        plan: RolloutPlan,
+        conditioning: Conditioning,
+        negative: Conditioning | None,
+        prompt_rows: list[dict[str, Any]],
+        prompt_index: list[int],
+    ) -> Iterator[_Chunk]:
+        for number, rows in enumerate(self._row_ranges()):
             part = slice(number * len(rows), (number + 1) * len(rows))
             bound = self.policy.bind(conditioning[prompt_index[part]], negative)
             rollout = sample(
@@ -237,8 +256,7 @@ class ExperienceMaker:
                 offload=self.args.offload_trajectories,
             )
             reference = self._reference(bound, rollout) if plan.reference else {}
-            chunks.append(_Chunk(rows, prompt_rows[part], prompt_index[part], rollout, reference))
-        return conditioning, negative, chunks
+            yield _Chunk(rows, prompt_rows[part], prompt_index[part], rollout, reference)
 
     def _step_noise(self, generation: int, rows: Sequence[int], steps: int) -> Tensor | None:
         if not steps:

@@ -43,6 +43,11 @@ _SCORE_OPTIONS = ("noise_level", "ensemble", "num_noise_samples", "seed")
 _SAMPLES = ("latents", "images", "prompts", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
 
 
+def is_latent_reward(function: RewardFunction) -> bool:
+    """Whether it is a `LatentReward`, or stands for one elsewhere, whose ``weights_digest`` it then knows."""
+    return isinstance(function, LatentReward) or hasattr(function, "weights_digest")
+
+
 def check_columns(columns: Iterable[str], functions: Sequence[RewardFunction]) -> None:
     """Refuses columns of the prompt dataset that share a name with something else that functions are told.
 
@@ -52,7 +57,7 @@ def check_columns(columns: Iterable[str], functions: Sequence[RewardFunction]) -
     columns = set(columns)
     options = dict.fromkeys((*_SAMPLES, *_SCORE_OPTIONS), "an argument that every reward function is told")
     for function in functions:
-        if isinstance(unwrapped(function), LatentReward):
+        if is_latent_reward(unwrapped(function)):
             settings = set(inspect.signature(unwrapped(function)).parameters) - {"self", *options}
             options |= dict.fromkeys(settings, f"an option of {callable_name(function)}")
     clashes = sorted(columns & options.keys())

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.costs import CostCallback
 from dina_reward.alignment.experience.maker import Experience, ExperienceMaker, RolloutPlan, checked_reward_weights
-from dina_reward.alignment.experience.rewards import RewardSet, check_columns
+from dina_reward.alignment.experience.rewards import RewardSet, check_columns, is_latent_reward
 from dina_reward.alignment.monitoring.evaluation import EvalRewardFunction, HeldOutEvaluator
 from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
 from dina_reward.alignment.monitoring.log_cells import alignment_cells
@@ -351,13 +351,19 @@ def _reward_set(functions: Sequence[RewardFunction], args: AlignmentConfig, poli
 def _facts_of(policy: Policy, prompts: PromptDataset, functions: Sequence[RewardFunction]) -> dict[str, Any]:
     """What defines a run besides its arguments; to be taken before anything is sharded."""
     table = PromptTable(prompts, "train_dataset")
-    latent = [function for function in map(unwrapped, functions) if isinstance(function, LatentReward)]
+    latent = [function for function in map(unwrapped, functions) if is_latent_reward(function)]
     return {
         "prompts": text_digest([table[index] for index in range(len(table))]),
         "reward functions": unique_names(functions),
-        "latent rewards": [tensor_digest(reward.model.trainable_state().values()) for reward in latent],
+        "latent rewards": [_weights_digest(reward) for reward in latent],
         "frozen weights": tensor_digest(p for p in policy.denoiser.parameters() if not p.requires_grad),
     }
+
+
+def _weights_digest(reward: Any) -> str:
+    """Of a latent reward's LoRA and head, wherever it is scored."""
+    local = isinstance(reward, LatentReward)
+    return tensor_digest(reward.model.trainable_state().values()) if local else reward.weights_digest()
 
 
 def _reduction(name: str) -> Any:
