@@ -35,9 +35,7 @@ class Generator:
         ValueError: a pipeline that samples in a way its family does not support.
     """
 
-    def __init__(
-        self, pipeline: Any, *, guidance_scale: float = 1.0, max_sequence_length: int | None = None
-    ) -> None:
+    def __init__(self, pipeline: Any, *, guidance_scale: float = 1.0, max_sequence_length: int | None = None) -> None:
         self.pipeline = pipeline
         self.family: ModelFamily = family_of(pipeline)
         self.family.check_pipeline(pipeline)

@@ -14,10 +14,12 @@ from dina_reward.lazy import lazy_exports
 if TYPE_CHECKING:
     from dina_reward.search.api import search
     from dina_reward.search.best_of_n import BestOfN, Halving
+    from dina_reward.search.callback import SearchCallback
     from dina_reward.search.gradient import Guidance, NoiseOptimization
     from dina_reward.search.method import SearchMethod
     from dina_reward.search.noise_search import PathSearch, ZeroOrder
     from dina_reward.search.pairs import SearchPair
+    from dina_reward.search.report import result_grid, write_page
     from dina_reward.search.result import SearchResult
     from dina_reward.search.steering import FKSteering
     from dina_reward.search.stepwise import Stepwise

@@ -48,7 +48,7 @@ class Guidance(SearchMethod):
     window: tuple[float, ...] = (0.1, 0.95)
 
     def __post_init__(self) -> None:
-        check_fields(self, strength=(0, 1e6), max_shift=(0, 1), window=(0, 1))
+        check_fields(self, strength=(0, 1e6), max_shift=(0, 1e6), window=(0, 1))
         check_choice("target", self.target, get_args(Target))
         if len(self.window) != 2 or not self.window[0] < self.window[1]:
             raise ValueError(f"window must be two increasing noise levels, such as (0.1, 0.95), got {self.window}")

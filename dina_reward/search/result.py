@@ -13,7 +13,7 @@ from torch import Tensor
 from dina_reward.alignment.generator import Generator
 from dina_reward.search.method import SearchMethod
 from dina_reward.search.pairs import SearchPair
-from dina_reward.search.particles import Check
+from dina_reward.search.particles import Check, rows_of
 
 
 @dataclass(frozen=True)
@@ -96,23 +96,19 @@ class SearchResult:
         """The latents in the layout of the pipeline, as it returns them for ``output_type="latent"``."""
         return self.generator.family.pack_latents(self.latents)
 
-    def lineage(self, row: int = 0) -> list[Ancestor]:
-        """A returned latent's ancestors at all checks where they were scored, from the first to itself."""
-        firsts, ancestors = [check.first for check in self.trace], []
+    def places(self, row: int = 0) -> list[tuple[int, int]]:
+        """Where a returned latent's ancestors stand in the trace, from the first to itself: number of the check, and row."""
+        firsts, places = [check.first for check in self.trace], []
         node = self.nodes[row]
         while node >= 0:
-            check = self.trace[bisect_right(firsts, node) - 1]
-            place = node - check.first
-            rivals = [
-                score
-                for score, number in zip(check.scores.tolist(), check.prompt, strict=True)
-                if number == check.prompt[place]
-            ]
-            score = float(check.scores[place])
-            rank = sum(other > score for other in rivals)
-            ancestors.append(Ancestor(check.step, check.noise_level, score, rank))
-            node = check.parent[place]
-        return ancestors[::-1]
+            number = bisect_right(firsts, node) - 1
+            places.append((number, node - firsts[number]))
+            node = self.trace[number].parent[node - firsts[number]]
+        return places[::-1]
+
+    def lineage(self, row: int = 0) -> list[Ancestor]:
+        """A returned latent's ancestors at all checks where they were scored, from the first to itself."""
+        return [_ancestor(self.trace[number], place) for number, place in self.places(row)]
 
     def check_table(self) -> list[dict[str, float]]:
         """One line per check: step, noise level, rows scored and kept, mean and best score, averaged over prompts."""
@@ -130,5 +126,10 @@ class SearchResult:
 
 
 def _mean_best(scores: Tensor, prompt: Sequence[int]) -> float:
-    numbers = torch.tensor(list(prompt))
-    return float(torch.stack([scores[numbers == number].max() for number in numbers.unique()]).mean())
+    return float(torch.stack([scores[rows].max() for rows in rows_of(prompt).values()]).mean())
+
+
+def _ancestor(check: Check, row: int) -> Ancestor:
+    rivals = check.scores[rows_of(check.prompt)[check.prompt[row]]]
+    score = check.scores[row]
+    return Ancestor(check.step, check.noise_level, float(score), int((rivals > score).sum()))
