@@ -44,6 +44,10 @@ StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising step
 GuidanceOption = Annotated[float, typer.Option("--guidance-scale", help="Classifier-free guidance above 1.")]
 HeightOption = Annotated[int | None, typer.Option(help="In pixels. Default: the pipeline's own.")]
 WidthOption = Annotated[int | None, typer.Option(help="In pixels. Default: the pipeline's own.")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option("--max-sequence-length", help="Tokens of a prompt. Default: the pipeline's own."),
+]
 SeedOption = Annotated[int, typer.Option(help="Seed of all draws.")]
 OutputOption = Annotated[Path, typer.Option(help="Picture of what was found, as PNG.")]
 ReportOption = Annotated[
@@ -63,6 +67,7 @@ def sample(
     guidance_scale: GuidanceOption = 1.0,
     height: HeightOption = None,
     width: WidthOption = None,
+    max_sequence_length: LengthOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 8,
     output: OutputOption = Path("samples.png"),
@@ -87,6 +92,7 @@ def sample(
         guidance_scale=guidance_scale,
         height=height,
         width=width,
+        max_sequence_length=max_sequence_length,
         seed=seed,
         batch_size=batch_size,
         **parsed_settings(settings or []),

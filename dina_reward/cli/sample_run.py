@@ -14,6 +14,7 @@ from dina_reward.cli.score_run import load_pipeline
 from dina_reward.recipes.alignment import WORLDS
 from dina_reward.reward import LatentReward
 from dina_reward.search import SearchResult, result_grid, search, write_page
+from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 
 
 def sample_prompts(
@@ -44,6 +45,8 @@ def sample_prompts(
     loaded = load_pipeline(pipeline, device=device, dtype=dtype)
     directory = resolve_checkpoint(reward_path(reward or pipeline))
     scorer = LatentReward.from_pretrained(directory, pipeline=loaded, share_backbone=True)
+    if pipeline in WORLDS and options.get("max_sequence_length") is None:
+        options["max_sequence_length"] = MAX_PROMPT_TOKENS
     return search(loaded, scorer, list(prompts), **options)
 
 
