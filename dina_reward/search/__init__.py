@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dina_reward.search.api import search
     from dina_reward.search.best_of_n import BestOfN, Halving
     from dina_reward.search.callback import SearchCallback
+    from dina_reward.search.distillation import SearchDistillationConfig, SearchDistillationTrainer
     from dina_reward.search.gradient import Guidance, NoiseOptimization
     from dina_reward.search.method import SearchMethod
     from dina_reward.search.noise_search import PathSearch, ZeroOrder

@@ -124,7 +124,7 @@ def search(
     run = SearchRun(
         generator=generator,
         judge=judge,
-        sampler=_sampler(generator, chosen, steps, shape, sde_type, eta, device),
+        sampler=sampler_of(generator, chosen, steps, shape, sde_type=sde_type, eta=eta, device=device),
         prompts=texts,
         latent_shape=shape,
         device=device,
@@ -223,15 +223,21 @@ def default_steps(pipeline: Any) -> int:
     return int(inspect.signature(type(pipeline).__call__).parameters["num_inference_steps"].default)
 
 
-def _sampler(
+def sampler_of(
     generator: Generator,
     method: SearchMethod,
     steps: int,
     shape: Sequence[int],
-    sde_type: SDEType | None,
-    eta: float | None,
-    device: torch.device,
+    *,
+    sde_type: SDEType | None = None,
+    eta: float | None = None,
+    device: torch.device | str = "cpu",
 ) -> Sampler:
+    """Sampler with the steps that a method takes: deterministic ones, or stochastic ones too; arguments as of `search`.
+
+    Raises:
+        ValueError: the steps do not fit the method or the scheduler.
+    """
     flow = is_flow_matching(generator.pipeline.scheduler.config)
     if not is_int(steps) or steps < 1:
         raise ValueError(f"num_inference_steps must be a positive integer, got {steps!r}")

@@ -96,6 +96,7 @@ def test_from_images_to_an_evaluation(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "images_to_evaluation" / "evaluation.png").is_file()
 
 
+@pytest.mark.slow
 def test_better_samples_without_training(tmp_path: Path) -> None:
     output = run_example("08_better_samples_without_training.py", tmp_path, "6")
     calls = re.findall(r"^(\S.*?) +fit 0\.\d+  cleanness 0\.\d+  (\d+) denoiser calls", output, re.MULTILINE)

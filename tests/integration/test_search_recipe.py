@@ -74,6 +74,7 @@ def test_tables_and_picture(recipe: ModuleType, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "search.png").size[1] > 500
 
 
+@pytest.mark.slow
 def test_a_miniature_of_the_whole(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
