@@ -24,7 +24,8 @@ def show(name, result):
     """What an oracle says that knows the truth; the search has not seen it."""
     scores = oracle(result.images(), result.prompts)
     calls = result.denoiser_calls // len(prompts)
-    print(f"{name:24} fit {scores.fit.mean():.3f}  cleanness {scores.cleanness.mean():.3f}  {calls} denoiser calls per prompt")
+    fit, cleanness = scores.fit.mean(), scores.cleanness.mean()
+    print(f"{name:24} fit {fit:.3f}  cleanness {cleanness:.3f}  {calls} denoiser calls per prompt")
 
 
 show("one sample", search(pipe, reward, prompts, method="best_of_n", budget=1, **common))
@@ -38,7 +39,9 @@ for ancestor in result.lineage(0):
     print(f"  after step {ancestor.step:2}: score {ancestor.score:6.2f}, rank {ancestor.rank + 1} of its prompt")
 
 clean = [pair.training_row() for pair in result.pairs if not pair.noise_level]
-print(f"{len(result.pairs)} pairs of chosen and rejected samples, {len(clean)} of them clean: rows for LatentRewardTrainer")
+print(
+    f"{len(result.pairs)} pairs of chosen and rejected samples, {len(clean)} of them clean: rows for LatentRewardTrainer"
+)
 result_grid(result).save("better_samples.png")
 write_page(result, "better_samples_report.png")
 print("wrote better_samples.png and better_samples_report.png")

@@ -38,7 +38,7 @@ ALGORITHMS = {
     "refl": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "distill_search": ("SearchDistillationConfig", "SearchDistillationTrainer"),
 }
-"""Configuration and trainer, of `dina_reward.alignment` or `dina_reward.search`, by the name of the script in ``recipes``."""
+"""Configuration and trainer, of `dina_reward.alignment` or `dina_reward.search`, by the name of the recipe's script."""
 
 
 @dataclass
