@@ -117,8 +117,7 @@ def search(
         settings["noise_level"] = reward_noise_level
     judge = Judge(generator, reward, weights=reward_weights, settings=settings, score_as=score_as)
     _check_family(judge, generator)
-    height, width = image_size(pipeline, generator, height, width)
-    shape = generator.latent_shape(height, width, num_frames)
+    shape = generator.latent_shape(*image_size(pipeline, generator, height, width), num_frames)
     steps = default_steps(pipeline) if num_inference_steps is None else num_inference_steps
     device = next(generator.denoiser.parameters()).device
     run = SearchRun(
@@ -134,20 +133,25 @@ def search(
         seed=seed,
         collect_pairs=return_pairs,
     )
+    return carry_out(chosen, run)
+
+
+def carry_out(method: SearchMethod, run: SearchRun) -> SearchResult:
+    """Runs a method on a run that nothing has been drawn for yet."""
     started = time.perf_counter()
-    particles, scores = chosen.run(run)
+    particles, scores = method.run(run)
     return SearchResult(
         latents=particles.latents,
-        prompts=[texts[number] for number in particles.prompt],
+        prompts=run.texts_of(particles),
         scores=scores,
         trace=run.trace,
         nodes=particles.parent,
-        method=chosen,
-        budget=float(budget),
-        num_inference_steps=steps,
+        method=method,
+        budget=run.budget,
+        num_inference_steps=run.steps,
         seconds=time.perf_counter() - started,
-        generator=generator,
-        batch_size=batch_size,
+        generator=run.generator,
+        batch_size=run.batch_size,
         pairs=run.pairs,
     )
 

@@ -75,13 +75,14 @@ class SearchCallback:
         shrink: bool | None = None,
     ) -> None:
         self.settings = Halving(checks=checks, survivors=survivors)
-        self.rewards = reward_list(reward, "reward")
-        for function in self.rewards:
+        self.rewards: list[LatentReward] = []
+        for function in reward_list(reward, "reward"):
             if not isinstance(function, LatentReward):
                 raise ValueError(
                     f"{callable_name(function)} cannot score a noisy state, and a pipeline's callback sees nothing else; "
                     "give a LatentReward here, or use `search`, which predicts clean latents for other callables"
                 )
+            self.rewards.append(function)
         self.weights = checked_reward_weights(reward_weights, len(self.rewards))
         self.prompts = checked_prompts(prompts)
         self.keep = keep

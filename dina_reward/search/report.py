@@ -45,7 +45,8 @@ def write_page(result: SearchResult, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
+    halves: Any = figure.subfigures(1, 2)
+    left, right = halves
     pictures = left.subplots()
     pictures.imshow(np.asarray(result_grid(result)))
     pictures.axis("off")
