@@ -86,7 +86,7 @@ class SearchCallback:
         self.weights = checked_reward_weights(reward_weights, len(self.rewards))
         self.prompts = checked_prompts(prompts)
         self.keep = keep
-        self.size = {"height": height, "width": width}
+        self.size: dict[str, Any] = {"height": height, "width": width}
         self.shrink = shrink
         self.calls = CallCounter()
         self.reset()
