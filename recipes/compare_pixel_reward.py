@@ -24,8 +24,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from dina_reward.shapes.alignment import ITERATIONS
-from dina_reward.shapes.jobs import Job, run_jobs, threads_per_job
-from dina_reward.shapes.pixel_comparison import CELLS, KINDS, OVERALL, RESULT_NAME
+from dina_reward.shapes.jobs import RESULT_NAME, Job, run_jobs, threads_per_job
+from dina_reward.shapes.pixel_comparison import CELLS, KINDS, OVERALL
 from dina_reward.shapes.pixel_reward import STEPS
 
 

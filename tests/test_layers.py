@@ -34,6 +34,7 @@ ALIGNMENT = (
     {"sampling", "objectives"},
     {"config"},
     {"costs", "policy_weights"},
+    {"generator"},
     {"policy"},
     {"experience"},
     {"monitoring"},

@@ -10,22 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dina_reward.alignment.costs import CallCounter
+from dina_reward.alignment.generator import Generator
 from dina_reward.alignment.policy_weights import LORA_WEIGHTS_NAME as LORA_WEIGHTS_NAME
 from dina_reward.alignment.policy_weights import load_full, load_lora, save_full, save_lora
-from dina_reward.alignment.sampling.rollout import PredictFunction
-from dina_reward.alignment.sampling.samplers import Sampler, build_sampler
-from dina_reward.alignment.sampling.steps import SDEType
 from dina_reward.backbones.quantization import is_quantized, quantize_blocks
-from dina_reward.backbones.wrappers import check_lora_targets, check_separate_projections, unwrap
-from dina_reward.families import Conditioning, ModelFamily, family_of
+from dina_reward.backbones.wrappers import check_lora_targets, check_separate_projections
 from dina_reward.training.sharding import ExactTimesteps, exchange, local, slice_like, trainable_parameters
 
 
 ADAPTER_NAME = "policy"
 
 
-class Policy:
+class Policy(Generator):
     """A diffusers pipeline whose denoiser is trained: a LoRA in float32 over frozen weights, or all of its weights.
 
     Trained tensors are always float32, the master copy of mixed precision; autocast computes in bfloat16 if asked. The
@@ -66,21 +62,15 @@ class Policy:
         keep_reference: bool = False,
         load_in_4bit: bool = False,
     ) -> None:
-        self.pipeline = pipeline
-        self.family: ModelFamily = family_of(pipeline)
-        self.family.check_pipeline(pipeline)
-        # Never a wrapper: names in files, averages and checkpoints are those of the model, compiled or not.
-        self.denoiser: nn.Module = unwrap(getattr(pipeline, self.family.denoiser_attribute))
-        self.guidance_scale = guidance_scale
-        self.max_sequence_length = max_sequence_length
+        super().__init__(pipeline, guidance_scale=guidance_scale, max_sequence_length=max_sequence_length)
         self.train_full_model = train_full_model
-        self.calls = CallCounter()
         self._class_name = type(self.denoiser).__name__
         self._initial: list[Tensor] | None = None
         self._timesteps: ExactTimesteps | None = None
         _refuse_adapters(self.denoiser)
         check_separate_projections(self.denoiser)
-        unread = self.family.unread_layers(self.denoiser.config)
+        config: Any = self.denoiser.config
+        unread = self.family.unread_layers(config)
         if train_full_model:
             _train_all(self.denoiser, load_in_4bit, unread)
             if keep_reference:
@@ -94,92 +84,6 @@ class Policy:
             _add_lora(self.denoiser, rank, alpha, target_modules or self.family.policy_lora_targets, unread)
         # Sampling and training must be the same function of the weights, so dropout stays off in both.
         self.denoiser.eval()
-
-    @property
-    def storage_dtype(self) -> torch.dtype:
-        """Dtype in which latents are kept between steps: that of the denoiser, as in the pipeline itself."""
-        dtype: torch.dtype = self.denoiser.dtype  # type: ignore[assignment]
-        return dtype
-
-    def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
-        """Shape of one latent without its batch dimension, in the family's spatial layout."""
-        config: Any = self.denoiser.config
-        return self.family.latent_shape(self.pipeline, height, width, config, num_frames)
-
-    def sampler(
-        self,
-        num_inference_steps: int,
-        latent_shape: Sequence[int],
-        *,
-        sde_type: SDEType | None = None,
-        eta: float = 0.0,
-        device: torch.device | str = "cpu",
-    ) -> Sampler:
-        """Sampler on the grid that the pipeline itself would use for latents of this shape; see `build_sampler`."""
-
-        def set_timesteps(scheduler: Any, steps: int) -> None:
-            self.family.set_timesteps(scheduler, steps, latent_shape)
-
-        scheduler = self.pipeline.scheduler
-        return build_sampler(
-            scheduler, num_inference_steps, sde_type=sde_type, eta=eta, device=device, set_timesteps=set_timesteps
-        )
-
-    def encode(self, prompts: Sequence[str], device: torch.device) -> Conditioning:
-        """Encodes prompts in one call, cast to the denoiser's dtype."""
-        conditioning = self.family.encode_prompts(
-            self.pipeline, prompts, max_sequence_length=self.max_sequence_length, device=device
-        )
-        return conditioning.to(device, self.storage_dtype)
-
-    def encode_negative(self, device: torch.device, guidance_scale: float | None = None) -> Conditioning | None:
-        """The empty prompt, one row, where sampling at ``guidance_scale`` (by default the policy's own) needs it."""
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        config: Any = self.denoiser.config
-        if not self.family.uses_negative_prompt(config, scale):
-            return None
-        conditioning = self.family.encode_negative(
-            self.pipeline, max_sequence_length=self.max_sequence_length, device=device
-        )
-        return conditioning.to(device, self.storage_dtype)
-
-    def bind(
-        self,
-        conditioning: Conditioning,
-        negative: Conditioning | None,
-        model: nn.Module | None = None,
-        guidance_scale: float | None = None,
-    ) -> PredictFunction:
-        """What the denoiser says about a batch of prompts, as a function of latents and timesteps.
-
-        Args:
-            conditioning: one row per latent.
-            negative: the single row of `encode_negative`; ignored where sampling at this scale takes none.
-            model: the denoiser as wrapped for training (DDP, FSDP); the bare one by default.
-            guidance_scale: overrides the policy's own, e.g. for evaluation or for a loss without guidance.
-
-        Returns:
-            ``predict(latents, timestep) -> prediction``: latents of shape ``(batch, ...)``, scheduler timesteps of shape
-            ``(batch,)``, prediction (velocity, epsilon or v) in float32 of the shape of the latents.
-        """
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        expanded = None if negative is None else negative[[0] * len(conditioning)]
-        config: Any = self.denoiser.config
-        evaluations = 2 if self.family.uses_negative_prompt(config, scale) else 1
-
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            self._keep_timesteps_exact()
-            self.calls.count_denoiser(len(latents), evaluations)
-            return self.family.predict_velocity(
-                self.denoiser if model is None else model,
-                latents,
-                timestep,
-                conditioning,
-                negative_conditioning=expanded,
-                guidance_scale=scale,
-            )
-
-        return predict
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -297,7 +201,7 @@ class Policy:
         if self.train_full_model:
             raise ValueError(f"the full model is trained, so there is no LoRA to save or load; use {instead}")
 
-    def _keep_timesteps_exact(self) -> None:
+    def _before_call(self) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         if self._timesteps is None and isinstance(self.denoiser, FSDPModule):

@@ -13,6 +13,7 @@ from dina_reward.cli.eval import evaluate
 from dina_reward.cli.info import info
 from dina_reward.cli.options import PASS_THROUGH
 from dina_reward.cli.recipes import app as recipes
+from dina_reward.cli.sample import sample
 from dina_reward.cli.score import score
 from dina_reward.cli.serve import serve
 from dina_reward.cli.train import train
@@ -29,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(score)
+app.command()(sample)
 app.command()(info)
 app.command("eval")(evaluate)
 app.command()(cache)

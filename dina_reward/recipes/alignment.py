@@ -33,8 +33,9 @@ ALGORITHMS = {
     "nft": ("DiffusionNFTConfig", "DiffusionNFTTrainer"),
     "online_dpo": ("OnlineDPOConfig", "OnlineDPOTrainer"),
     "refl": ("RewardBackpropConfig", "RewardBackpropTrainer"),
+    "distill_search": ("SearchDistillationConfig", "SearchDistillationTrainer"),
 }
-"""Configuration and trainer in `dina_reward.alignment` by the name of the script in ``recipes`` that uses them."""
+"""Configuration and trainer, of `dina_reward.alignment` or `dina_reward.search`, by the name of the recipe's script."""
 
 
 @dataclass
@@ -110,15 +111,16 @@ def main(algorithm: str, args: Sequence[str]) -> None:
     Raises:
         ValueError: no such algorithm or configuration, or options that do not fit.
     """
-    from dina_reward import alignment
+    from dina_reward import alignment, search
     from dina_reward.recipes.arguments import ConfigParser
 
     if algorithm not in ALGORITHMS:
         algorithm, args = _algorithm_of(algorithm, args)
     config_class, trainer_class = ALGORITHMS[algorithm]
-    parser = ConfigParser((RecipeArguments, getattr(alignment, config_class)))
+    home = search if trainer_class in search.__all__ else alignment
+    parser = ConfigParser((RecipeArguments, getattr(home, config_class)))
     arguments, config = parser.parse_args_and_config(args)
-    align(getattr(alignment, trainer_class), arguments, config)
+    align(getattr(home, trainer_class), arguments, config)
 
 
 def _algorithm_of(name: str, args: Sequence[str]) -> tuple[str, list[str]]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
+
+from dina_reward.checkpoints.atomic import atomic_file
+
+
+RESULT_NAME = "result.json"
 
 
 @dataclass(frozen=True)
@@ -71,3 +78,10 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def write_result(directory: Path, result: Mapping[str, Any]) -> None:
+    """Writes a job's figures, whose presence says that it is done."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(directory / RESULT_NAME) as staging:
+        staging.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

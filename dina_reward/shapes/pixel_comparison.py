@@ -7,10 +7,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dina_reward.alignment import DiffusionGRPOTrainer
 from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
-from dina_reward.checkpoints.atomic import atomic_directory, atomic_file
+from dina_reward.checkpoints.atomic import atomic_directory
 from dina_reward.evaluation import Accuracy, PairProtocol, measure_calibration, pairwise_accuracy
 from dina_reward.evaluation import score_pairs as score_latent_pairs
 from dina_reward.evaluation.cost import peak_memory, reset_peak_memory
@@ -37,6 +36,7 @@ from dina_reward.shapes.alignment import (
 )
 from dina_reward.shapes.autoencoder import decode_latents
 from dina_reward.shapes.build import CALIBRATION_PAIRS, CALIBRATION_POOL, CALIBRATION_SEED, build
+from dina_reward.shapes.jobs import write_result
 from dina_reward.shapes.pixel_reward import STEPS, PixelReward, calibrate_pixel_reward, score_pairs, train_pixel_reward
 from dina_reward.shapes.preferences import NEGLIGIBLE_GAP, PreferencePairs, build_pool, sample_pairs
 from dina_reward.shapes.prompts import ATTRIBUTES
@@ -45,7 +45,7 @@ from dina_reward.shapes.shipped import load_pipeline, load_reward, weights_dir
 
 
 KINDS = ("latent", "pixel")
-RESULT_NAME, REWARD_NAME, FRESH_NAME = "result.json", "pixel-reward", "fresh.safetensors"
+REWARD_NAME, FRESH_NAME = "pixel-reward", "fresh.safetensors"
 
 OVERALL = "overall"
 CELLS = (*ATTRIBUTES, "cleanness")
@@ -246,13 +246,6 @@ def align_job(kind: str, seed: int, output: Path, *, iterations: int) -> None:
         "cpu_seconds": time.process_time(),
     }
     write_result(directory, result)
-
-
-def write_result(directory: Path, result: Mapping[str, Any]) -> None:
-    """Writes a job's figures, whose presence says that it is done."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic_file(directory / RESULT_NAME) as staging:
-        staging.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 class _Clock(TrainerCallback):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dina_reward import alignment
+from dina_reward import alignment, search
 from dina_reward.cli.app import app
 from dina_reward.recipes import alignment as recipes
 from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments
@@ -34,7 +34,8 @@ def test_every_alignment_recipe_is_an_algorithm() -> None:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_configuration_and_trainer_are_those_of_the_recipe(name: str) -> None:
     config, trainer = ALGORITHMS[name]
-    assert recipe_dataclasses(SCRIPTS[name]) == (RecipeArguments, getattr(alignment, config))
+    home = search if config in search.__all__ else alignment
+    assert recipe_dataclasses(SCRIPTS[name]) == (RecipeArguments, getattr(home, config))
     assert f"align({trainer}, arguments, config)" in SCRIPTS[name].read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from dina_reward import alignment
+from dina_reward import alignment, search
 from dina_reward.cli.app import app
 from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments
 from dina_reward.recipes.arguments import ConfigParser
@@ -94,7 +94,8 @@ def check_dina_reward(words: list[str]) -> None:
     if words[:1] == ["train"]:
         ConfigParser((TrainRewardArguments, LatentRewardTrainingConfig)).parse_args_and_config(words[1:])
     if words[:1] == ["align"]:
-        config_class = getattr(alignment, ALGORITHMS[words[1]][0])
+        name = ALGORITHMS[words[1]][0]
+        config_class = getattr(search if name in search.__all__ else alignment, name)
         ConfigParser((RecipeArguments, config_class)).parse_args_and_config(words[2:])
     if words[:2] in (["recipes", "show"], ["recipes", "validate"]) and words[2] != "my.yaml":
         find_config(words[2], RECIPES)

@@ -16,6 +16,7 @@ from dina_reward.alignment.policy_weights import save_lora
 from dina_reward.alignment.sampling.rollout import sample
 from dina_reward.families import families, family_of, get_family
 from dina_reward.likelihood import PreferenceLoss, ThurstoneModel
+from dina_reward.search import search
 from tests.families.row import PROMPTS, Row, Setup
 from tests.families.rows import ROWS
 
@@ -391,6 +392,24 @@ def test_ode_rollout_equals_the_pipelines_own_output(setup: Setup, guided: bool)
     expected = setup.row.returned(setup, setup.row.result(output))
     atol = 1e-5 * float(latents.abs().max())
     torch.testing.assert_close(setup.family.pack_latents(latents), expected, rtol=0, atol=atol)
+
+
+def test_search_finds_better_samples_within_its_budget(setup: Setup) -> None:
+    height, width = setup.row.size
+    options: dict[str, Any] = {"num_inference_steps": 4, "height": height, "width": width, "max_sequence_length": 16}
+    options |= {"num_frames": setup.row.num_frames, "guidance_scale": setup.row.guidance_scale}
+
+    def near_zero(latents: Tensor) -> Tensor:
+        return -latents.float().square().flatten(1).mean(1)
+
+    plain = search(setup.pipeline, near_zero, PROMPTS, method="best_of_n", budget=1, **options)
+    for method, settings in (("best_of_n", {}), ("stepwise", {"branches": 2, "window": (0.0, 0.25)})):
+        result = search(setup.pipeline, near_zero, PROMPTS, method=method, budget=2, **settings, **options)
+        assert result.latents.shape == (2, *setup.latent_shape())
+        assert 0 < result.denoiser_calls <= 2 * 2 * 4
+        assert bool(result.scores.isfinite().all())
+        if method == "best_of_n":
+            assert bool((result.scores >= plain.scores - 1e-4).all())
 
 
 def test_guidance_mixes_two_predictions(setup: Setup) -> None:

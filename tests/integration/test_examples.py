@@ -31,6 +31,7 @@ def test_every_example_is_short_and_tested_here() -> None:
         "05_two_rewards_and_a_held_out_judge.py",
         "06_backprop_the_reward.py",
         "07_from_images_to_an_evaluation.py",
+        "08_better_samples_without_training.py",
     ]
     for name in names:
         assert len((EXAMPLES / name).read_text().splitlines()) < (102 if name.startswith("04") else 65)
@@ -104,6 +105,20 @@ def test_from_images_to_an_evaluation(tmp_path: Path) -> None:
     assert set(accuracy) == {"0.1", "0.4", "0.2+0.4+0.6 tokens", "score"}
     assert float(accuracy["0.4"]) > 90 > float(accuracy["score"])
     assert (tmp_path / "outputs" / "images_to_evaluation" / "evaluation.png").is_file()
+
+
+@pytest.mark.slow
+def test_better_samples_without_training(tmp_path: Path) -> None:
+    output = run_example("08_better_samples_without_training.py", tmp_path, "6")
+    calls = re.findall(r"^(\S.*?) +fit 0\.\d+  cleanness 0\.\d+  (\d+) denoiser calls", output, re.MULTILINE)
+    found = {name: int(count) for name, count in calls}
+    assert found["one sample"] == 10
+    assert found["best of 8, at the end"] == 80
+    assert found["best of 8, early"] == 42
+    assert 70 < found["halving, same calls"] <= 80
+    assert "after step 10" in output
+    assert (tmp_path / "better_samples.png").is_file()
+    assert (tmp_path / "better_samples_report.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["README.md", "recipes/README.md"])

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from dina_reward.shapes import build_pool, load_pipeline, sample_pairs
-from dina_reward.shapes.pixel_comparison import CELLS, write_result
+from dina_reward.shapes.jobs import write_result
+from dina_reward.shapes.pixel_comparison import CELLS
 
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "compare_pixel_reward.py"

@@ -115,6 +115,7 @@ def sample(
     sampler: Sampler,
     *,
     start: int = 0,
+    stop: int | None = None,
     stochastic: Sequence[int] = (),
     trained: Sequence[int] | None = None,
     step_noise: Tensor | None = None,
@@ -129,6 +130,7 @@ def sample(
         initial_latents (`Tensor`): standard normal, shape ``(batch, ...)``; their dtype is the storage dtype.
         sampler (`Sampler`): with timesteps on the device of the latents.
         start: first step to take; ``initial_latents`` are then the states before it.
+        stop: step before which to end; the states before it are returned. By default all steps are taken.
         stochastic: indices of the stochastic steps, increasing; never the last step.
         trained: those of them to record; all by default.
         step_noise (`Tensor`, *optional*): standard normal, shape ``(batch, len(stochastic), ...)``; needed with stochastic
@@ -147,7 +149,7 @@ def sample(
     rollout = Rollout(initial_latents, stochastic=tuple(stochastic))
     store = _to_host if offload else _identity
     latents = initial_latents
-    for index in range(start, len(sampler)):
+    for index in range(start, len(sampler) if stop is None else stop):
         if index in kept:
             rollout.states[index] = store(latents)
         prediction = predict(latents, sampler.timesteps[index].expand(batch))

@@ -58,6 +58,10 @@ class Sampler(ABC):
         """``x_0 hat`` at step ``index``, shape ``(batch, ...)``, float32, differentiable."""
 
     @abstractmethod
+    def move_clean(self, index: int, prediction: Tensor, shift: Tensor) -> Tensor:
+        """The prediction whose `predict_clean` at step ``index`` lies further by ``shift``, same shape, float32."""
+
+    @abstractmethod
     def transition(self, index: int, latents: Tensor, prediction: Tensor) -> Transition:
         """Distribution of the next latents at stochastic step ``index``.
 
@@ -142,6 +146,9 @@ class FlowSampler(Sampler):
     def predict_clean(self, index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         return latents.float() - self.levels[index] * prediction.float()
 
+    def move_clean(self, index: int, prediction: Tensor, shift: Tensor) -> Tensor:
+        return prediction.float() - shift.float() / self.levels[index]
+
     def transition(self, index: int, latents: Tensor, prediction: Tensor) -> Transition:
         return transition(self.sde_type, latents, prediction, self.levels[index], self.levels[index + 1], self.eta)
 
@@ -202,6 +209,13 @@ class DDIMSampler(Sampler):
 
     def predict_clean(self, index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         return split_prediction(latents, prediction, self.alphas_cumprod[index], self.prediction_type)[0]
+
+    def move_clean(self, index: int, prediction: Tensor, shift: Tensor) -> Tensor:
+        if self.prediction_type == "sample":
+            return prediction.float() + shift.float()
+        signal, noise = self.alphas_cumprod[index].sqrt(), self.levels[index]
+        factor = signal / noise if self.prediction_type == "epsilon" else 1 / noise
+        return prediction.float() - factor * shift.float()
 
     def transition(self, index: int, latents: Tensor, prediction: Tensor) -> Transition:
         check_eta("ddim", self.eta)

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     TRAIN_NOISE = 8
     TRAIN_TIMESTEP = 9
     TRAINED_STEPS = 10
+    SEARCH = 11
 
 
 def generator_from(*parts: int) -> torch.Generator:

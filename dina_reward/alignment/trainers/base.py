@@ -341,11 +341,7 @@ def _reward_set(functions: Sequence[RewardFunction], args: AlignmentConfig, poli
         "num_noise_samples": args.reward_num_noise_samples,
     }
 
-    def decode(latents: Tensor) -> Tensor:
-        policy.calls.count_decodes(len(latents))
-        return policy.family.decode_latents(policy.pipeline, latents)
-
-    return RewardSet(functions, settings, decode)
+    return RewardSet(functions, settings, policy.decode)
 
 
 def _facts_of(policy: Policy, prompts: PromptDataset, functions: Sequence[RewardFunction]) -> dict[str, Any]:

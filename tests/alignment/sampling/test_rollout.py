@@ -84,6 +84,17 @@ def test_a_rollout_can_start_at_a_recorded_state(sampler):
     assert rest.log_probs.keys() == {2}
 
 
+def test_stopping_and_going_on_is_the_whole_rollout(sampler):
+    initial = noise_by_row([1, 2], LATENT_SHAPE)
+    noise = noise_by_row([4, 5], (2, *LATENT_SHAPE))
+    whole = sample(velocity, initial, sampler, stochastic=(1, 2), step_noise=noise)
+    half = sample(velocity, initial, sampler, stop=2, stochastic=(1,), step_noise=noise[:, :1])
+    assert torch.equal(half.latents, whole.states[2])
+    rest = sample(velocity, half.latents, sampler, start=2, stochastic=(2,), step_noise=noise[:, 1:])
+    assert torch.equal(rest.latents, whole.latents)
+    assert torch.equal(sample(velocity, initial, sampler, stop=0).latents, initial)
+
+
 def test_memory_holds_the_trained_steps_alone(sampler):
     initial = noise_by_row([1, 2], LATENT_SHAPE)
     noise = noise_by_row([4, 5], (5, *LATENT_SHAPE))

@@ -119,3 +119,14 @@ def test_ddim_replay_gives_the_recorded_log_prob(dtype):
     assert torch.equal(replayed.log_prob, taken.log_prob)
     exact = sampler.log_prob(taken.transition, taken.transition.mean + taken.transition.std * noise)
     assert torch.equal(exact, taken.log_prob) is (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("prediction_type", ["flow", "epsilon", "sample", "v_prediction"])
+def test_moved_predictions_predict_moved_clean_latents(prediction_type):
+    flow = prediction_type == "flow"
+    scheduler = FlowMatchEulerDiscreteScheduler() if flow else ddim_scheduler(prediction_type=prediction_type)
+    sampler = build_sampler(scheduler, 10)
+    latents, prediction, shift = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    moved = sampler.move_clean(4, prediction, shift)
+    before, after = (sampler.predict_clean(4, latents, output) for output in (prediction, moved))
+    torch.testing.assert_close(after - before, shift, atol=1e-4, rtol=1e-4)
