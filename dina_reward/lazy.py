@@ -1,4 +1,7 @@
-"""Public names that load on first use (PEP 562), so that importing a package costs nothing."""
+"""Public names that load on first use (PEP 562), so that importing a package costs nothing.
+
+What needs a library of an extra says which `pip install` brings it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,36 @@ from pathlib import Path
 from typing import Any
 
 
+EXTRAS = {
+    "bitsandbytes": "train",
+    "datasets": "train",
+    "matplotlib": "train",
+    "pyarrow": "train",
+    "rich": "train",
+    "trl": "train",
+    "typer": "train",
+}
+"""Libraries that the base installation leaves out, and the extra that brings each; no module that is imported needs more."""
+
+
+class MissingExtraError(ModuleNotFoundError):
+    """A library is not installed that comes with an extra; the message says how to install it."""
+
+
+def missing_extra(error: ModuleNotFoundError, wanted: str) -> ModuleNotFoundError:
+    """What to raise where an import failed: `MissingExtraError` if an extra brings the library, else the error itself.
+
+    Args:
+        error: of the import.
+        wanted: what was asked for, for the message.
+    """
+    library = (error.name or "").split(".")[0]
+    if isinstance(error, MissingExtraError) or library not in EXTRAS:
+        return error
+    command = f'pip install "dina-reward[{EXTRAS[library]}]"'
+    return MissingExtraError(f"{wanted} needs {library}, which is not installed: {command}", name=error.name)
+
+
 def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """``__getattr__``, ``__dir__`` and ``__all__`` of a package, whose names are listed once, for type checkers too.
 
@@ -17,6 +50,8 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
 
     Args:
         package: the package's ``__name__``.
+
+    Getting a name raises `MissingExtraError` where a library of an extra is missing.
 
     Raises:
         ValueError: a name is that of a sub-module, which would take its place once it is imported.
@@ -29,7 +64,10 @@ def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
     def get(name: str) -> Any:
         if name not in origins:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(origins[name]), name)
+        try:
+            value = getattr(import_module(origins[name]), name)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, f"{package}.{name}") from error
         setattr(sys.modules[package], name, value)
         return value
 

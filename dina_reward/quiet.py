@@ -9,6 +9,7 @@ from typing import Any
 
 
 _DTYPE_SINCE = "0.42.1"
+_TEXT_DTYPE_SINCE = "4.56"
 _BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
 _TRANSFORMERS_IMPORTS = "transformers.utils.import_utils"
 
@@ -19,6 +20,14 @@ def dtype_option(dtype: Any) -> dict[str, Any]:
     from packaging.version import Version
 
     return {"dtype" if Version(diffusers.__version__) >= Version(_DTYPE_SINCE) else "torch_dtype": dtype}
+
+
+def text_dtype_option(dtype: Any) -> dict[str, Any]:
+    """The keyword of transformers' ``from_pretrained``: ``dtype``, or ``torch_dtype`` in versions that do not know it yet."""
+    import transformers
+    from packaging.version import Version
+
+    return {"dtype" if Version(transformers.__version__) >= Version(_TEXT_DTYPE_SINCE) else "torch_dtype": dtype}
 
 
 def hide_library_notes() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dina_reward.lazy import missing_extra
+
 
 # What diffusers calls the lists of repeated blocks; everything outside (embedders, output projection) stays dense.
 BLOCK_LISTS = (
@@ -125,7 +127,10 @@ def _block_linears(denoiser: nn.Module) -> Iterator[str]:
 
 
 def _quantized_linear(layer: nn.Linear, double_quant: bool, compute_dtype: torch.dtype | None) -> nn.Module:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "load_in_4bit") from error
 
     quantized = Linear4bit(
         layer.in_features,

@@ -15,6 +15,7 @@ from dina_reward.cli.options import PASS_THROUGH
 from dina_reward.cli.recipes import app as recipes
 from dina_reward.cli.score import score
 from dina_reward.cli.train import train
+from dina_reward.lazy import MissingExtraError
 from dina_reward.quiet import hide_library_notes
 
 
@@ -45,6 +46,6 @@ def main() -> None:
     hide_library_notes()
     try:
         app()
-    except ValueError as error:
+    except (ValueError, MissingExtraError) as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)

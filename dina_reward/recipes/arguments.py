@@ -11,10 +11,16 @@ from types import TracebackType
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
-from trl import TrlParser
 
 from dina_reward.checks.values import described, fits
+from dina_reward.lazy import missing_extra
 from dina_reward.quiet import hide_library_notes
+
+
+try:
+    from trl import TrlParser
+except ModuleNotFoundError as error:
+    raise missing_extra(error, "dina_reward.recipes") from error
 
 
 class ConfigParser(TrlParser):

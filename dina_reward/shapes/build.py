@@ -40,6 +40,7 @@ from dina_reward.reward import LatentReward
 from .attack import attack_reward
 from .autoencoder import reconstruction_psnr, train_autoencoder
 from .evaluation import evaluate_pipeline
+from .portable import make_portable
 from .preferences import PAIR_WEIGHTS, PreferencePairs, build_pool, sample_pairs
 from .prompts import sample_scenes
 from .renderer import render
@@ -123,6 +124,7 @@ def save_pipeline(pipeline: DiffusionPipeline, directory: Path) -> None:
     with atomic_directory(directory) as staging:
         pipeline.save_pretrained(staging)
         forget_origin(staging)
+        make_portable(staging)
 
 
 def forget_origin(directory: Path) -> None:

@@ -33,27 +33,26 @@ def load_pipeline(world: str = "flow", **kwargs: Any) -> Any:
 
     Args:
         world (str): "flow" for the `StableDiffusion3Pipeline`, "ddpm" for the `StableDiffusionPipeline`.
-        kwargs: for `from_pretrained`.
+        kwargs: for `from_pretrained`, such as ``torch_dtype=``.
     """
     import torch
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-    directory = weights_dir(_known(world))
+    from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
+
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+    with no_loading_bars():
+        pipeline = open_pipeline(str(weights_dir(_known(world))), dtype=dtype, **kwargs)
     if world == "ddpm":
-        with no_loading_bars():
-            pipeline = StableDiffusionPipeline.from_pretrained(directory, **{"safety_checker": None, **kwargs})
         # Convolutions of this size run half as fast again on a CPU in this layout.
         pipeline.unet.to(memory_format=torch.channels_last)
-        return pipeline
-    with no_loading_bars():
-        return StableDiffusion3Pipeline.from_pretrained(directory, **kwargs)
+    return pipeline
 
 
 def quiet_pipeline(directory: str | Path) -> Any:
     """A pipeline of the shapes world from a directory, without progress bars."""
-    from diffusers import DiffusionPipeline
+    from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(directory)
+    pipeline = open_pipeline(str(directory))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
