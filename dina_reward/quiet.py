@@ -23,7 +23,7 @@ def dtype_option(dtype: Any) -> dict[str, Any]:
 
 
 def text_dtype_option(dtype: Any) -> dict[str, Any]:
-    """The keyword of transformers' ``from_pretrained``: ``dtype``, or ``torch_dtype`` in versions that do not know it yet."""
+    """The same keyword of transformers' ``from_pretrained``."""
     import transformers
     from packaging.version import Version
 

@@ -8,6 +8,7 @@ Each formula is one step from here: noise in `dina_reward.noise.processes`, the 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, SupportsIndex, TypeVar
 
@@ -24,6 +25,8 @@ from dina_reward.modeling.inputs import (
     check_latents,
     check_size,
     expand_prompts,
+    length_note,
+    unscaled_note,
 )
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
 from dina_reward.noise import FlowMatchingNoise, NoisePoint, model_states, rescales_states
@@ -117,6 +120,7 @@ class LatentReward(PretrainedReward):
         if noise is not None and noise.ndim >= latents.ndim:
             noise = self._spatial_noise(noise, latents, height, width)
         latents = self._spatial(latents, height, width)
+        self._warn_once("scale", lambda: unscaled_note(latents, self.prompt_encoder.pipeline))
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         conditioning, prompt_index = self._conditioning(len(latents), prompts, given)
         points = self._points(noise_level)
@@ -296,12 +300,24 @@ class LatentReward(PretrainedReward):
             return self.encode_prompts(expand_prompts(prompts, batch))
         assert given is not None
         check_embeddings(given, batch, self.family, self.config.backbone_config)
+        self._warn_once("length", lambda: length_note(given, self._embeds_length()))
         rows = (
             torch.arange(batch, device="cpu")
             if len(given) == batch
             else torch.zeros(batch, dtype=torch.long, device="cpu")
         )
         return given, rows
+
+    def _embeds_length(self) -> int | None:
+        pipeline = self.prompt_encoder.pipeline
+        return None if pipeline is None else self.family.embeds_length(pipeline, self.config.max_sequence_length)
+
+    def _warn_once(self, kind: str, note: Callable[[], str | None]) -> None:
+        """Says what looks wrong but may be right, the first time that it does."""
+        text = None if kind in self._warned else note()
+        if text is not None:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=3)
 
     def _points(self, noise_level: NoiseLevel | None) -> NoisePoint:
         return self.noise_process.snap(self.config.noise_level if noise_level is None else noise_level)

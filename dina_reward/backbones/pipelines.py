@@ -7,6 +7,7 @@ from typing import Any
 
 from dina_reward.families import family_of_class
 from dina_reward.quiet import dtype_option, text_dtype_option
+from dina_reward.shipped import pipeline_path
 
 
 _LIBRARIES = ("diffusers", "transformers")
@@ -23,7 +24,7 @@ def load_pipeline(name: str, *, dtype: Any = None, **options: Any) -> Any:
     otherwise than it expects, with random numbers and a line in the log.
 
     Args:
-        name: path or hub id.
+        name: path or hub id; ``shapes`` and ``shapes-ddpm`` ship with the package.
         dtype: of all parts, a `torch.dtype`; float32 by default.
         options: those of `DiffusionPipeline.from_pretrained`.
 
@@ -34,10 +35,11 @@ def load_pipeline(name: str, *, dtype: Any = None, **options: Any) -> Any:
     """
     import diffusers
 
+    name = pipeline_path(name)
     index = pipeline_index(name)
     encoders = {} if "quantization_config" in options else _text_encoders(name, index, dtype, options)
     options |= {} if dtype is None else dtype_option(dtype)
-    return diffusers.DiffusionPipeline.from_pretrained(name, trust_remote_code=False, **encoders, **options)
+    return diffusers.DiffusionPipeline.from_pretrained(name, **encoders, **options)
 
 
 def _text_encoders(name: str, index: Mapping[str, Any], dtype: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def pipeline_index(name: str) -> dict[str, Any]:
     """Content of a pipeline's ``model_index.json``, checked; see `load_pipeline` for the errors."""
     import diffusers
 
+    name = pipeline_path(name)
     index = diffusers.DiffusionPipeline.load_config(name)
     index = index[0] if isinstance(index, tuple) else index
     class_name = index.get("_class_name")

@@ -27,6 +27,7 @@ from dina_reward.checkpoints.parts import (
 )
 from dina_reward.checkpoints.published import REFERENCE_ADAPTER_DIRECTORY, REFERENCE_HEAD_FILE, read_published
 from dina_reward.modeling import LatentRewardConfig
+from dina_reward.shipped import reward_path
 
 
 def resolve_checkpoint(
@@ -37,12 +38,12 @@ def resolve_checkpoint(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Local directory of a checkpoint; a hub id is downloaded.
+    """Local directory of a checkpoint, also of one that ships with the package (``shapes``); a hub id is downloaded.
 
     Raises:
         CheckpointError: neither a directory nor a hub repository that can be reached.
     """
-    path = settled(Path(path_or_id).expanduser())
+    path = settled(Path(reward_path(path_or_id)).expanduser())
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download

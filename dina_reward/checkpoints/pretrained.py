@@ -56,7 +56,22 @@ class PretrainedReward:
             cache_size=prompt_cache_size,
         )
         self._shared = attached.shared
+        self._warned: set[str] = set()
         self.__name__ = "latent_reward"
+
+    def __repr__(self) -> str:
+        config, placement = self.config, "with a backbone of its own"
+        if self.shares_backbone:
+            placement = "on its generator's tensors"
+        if self.quantized:
+            placement += " in 4 bits"
+        parameter = next(self.model.backbone.get_base_model().parameters())
+        return (
+            f"{type(self).__name__}(family={config.family!r}, backbone={config.backbone_model_id!r}, "
+            f"{config.num_layers} of {self.family.num_blocks(config.backbone_config)} blocks, read after "
+            f"{', '.join(map(str, config.visual_taps))}; {placement}, {parameter.dtype} on {self.device}, "
+            f"noise_level={config.noise_level}, {'training' if self.model.training else 'inference'})"
+        )
 
     @classmethod
     def from_pretrained(
@@ -80,7 +95,8 @@ class PretrainedReward:
         """Loads a reward for scoring.
 
         Args:
-            path_or_id: directory or hub id of a native checkpoint or of one in the published reference layout.
+            path_or_id: directory or hub id of a native checkpoint or of one in the published reference layout; or
+                ``"shapes"`` or ``"shapes-ddpm"``, which ship with the package.
             pipeline: diffusers pipeline of the reward's family; gives backbone, scheduler and text encoders.
             transformer: the denoiser alone, e.g. ``pipe.transformer``; wins over the pipeline's.
             scheduler: training scheduler (or its config) whose grid noise levels snap to; wins over all others.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dina_reward.cli.console import in_terminal, pipeline_path
+from dina_reward.cli.console import in_terminal
 from dina_reward.cli.options import (
     BatchSizeOption,
     DtypeChoice,
@@ -183,7 +183,6 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
     from dina_reward.backbones.pipelines import load_pipeline, pipeline_index
     from dina_reward.families import family_of_class
 
-    name = pipeline_path(name)
     try:
         index = pipeline_index(name)
         family = family_of_class(getattr(diffusers, index["_class_name"]))

@@ -1,26 +1,9 @@
-"""What commands share: how rewards and pipelines are named, and what is printed."""
+"""What commands share: what is printed."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-
-from dina_reward.recipes.alignment import WORLDS
-from dina_reward.shapes.shipped import weights_dir
-
-
-def reward_path(name: str) -> str:
-    """Path or id of a reward; ``shapes`` and ``shapes-ddpm`` ship with the package."""
-    return _shipped_path(name, "-reward")
-
-
-def pipeline_path(name: str) -> str:
-    """Path or id of a pipeline; ``shapes`` and ``shapes-ddpm`` ship with the package."""
-    return _shipped_path(name, "")
-
-
-def _shipped_path(name: str, suffix: str) -> str:
-    return str(weights_dir(WORLDS[name] + suffix)) if name in WORLDS else name
 
 
 def in_terminal() -> bool:

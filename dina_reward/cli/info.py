@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from dina_reward.cli.console import print_table, reward_path
+from dina_reward.cli.console import print_table
 from dina_reward.cli.options import JsonOption
-from dina_reward.recipes.alignment import WORLDS
+from dina_reward.shipped import WORLDS
 
 
 TargetArgument = Annotated[
@@ -119,7 +119,7 @@ def _scaled(value: int, base: int, unit: str) -> str:
 def _show_reward(target: str, as_json: bool) -> None:
     from dina_reward.checkpoints import resolve_checkpoint, summarize_checkpoint
 
-    directory = resolve_checkpoint(reward_path(target))
+    directory = resolve_checkpoint(target)
     found = summarize_checkpoint(directory)
     config = found.config
     if as_json:

@@ -15,7 +15,6 @@ from torch import Tensor
 from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
 from dina_reward.checkpoints import read_checkpoint, resolve_checkpoint
 from dina_reward.checks.stored import read_tensors
-from dina_reward.cli.console import pipeline_path, reward_path
 from dina_reward.data.files import decode_image
 from dina_reward.noise.draws import fold_seed
 from dina_reward.quiet import no_loading_bars
@@ -82,7 +81,7 @@ def score_files(
 
 def locate_reward(reward: str, pipeline: str | None) -> tuple[Path, str]:
     """Directory of a reward, and path or id of its pipeline: the one given, or the backbone that the checkpoint names."""
-    directory = resolve_checkpoint(reward_path(reward))
+    directory = resolve_checkpoint(reward)
     model_id = pipeline or read_checkpoint(directory).config.backbone_model_id
     if model_id is None:
         raise ValueError("the checkpoint names no backbone; give the pipeline with --pipeline")
@@ -100,7 +99,7 @@ def load_pipeline(model_id: str, *, device: str | None = None, dtype: str = "flo
         raise ValueError(f"there is no device {device!r} here: {str(error).splitlines()[0]}") from error
     try:
         with no_loading_bars():
-            pipeline = open_pipeline(pipeline_path(model_id), dtype=getattr(torch, dtype)).to(device)
+            pipeline = open_pipeline(model_id, dtype=getattr(torch, dtype)).to(device)
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"cannot load the pipeline {model_id!r}: {error}. Give another one with --pipeline"

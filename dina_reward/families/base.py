@@ -209,6 +209,10 @@ class ModelFamily(ABC):
         width, pooled_width = self.text_sizes(denoiser_config)
         check_embeds(conditioning, self.name, width=width, pooled_width=pooled_width, masked=self.has_text_mask)
 
+    def embeds_length(self, pipeline: Any, max_sequence_length: int | None) -> int | None:
+        """Tokens of every encoded prompt; ``None`` where they vary or are not known without encoding."""
+        return None
+
     @torch.no_grad()
     def encode_prompts(
         self,

@@ -84,6 +84,9 @@ class FluxFamily(Packed2x2Family):
     def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
         return int(denoiser_config["joint_attention_dim"]), int(denoiser_config["pooled_projection_dim"])
 
+    def embeds_length(self, pipeline: Any, max_sequence_length: int | None) -> int | None:
+        return max_sequence_length or 512
+
     def encode(self, pipeline: Any, prompts: list[str], **options: Any) -> Conditioning:
         prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(prompt=prompts, prompt_2=None, **options)
         return Conditioning(prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds)

@@ -70,10 +70,13 @@ def check_layout(latents: Tensor, name: str, *, channels: int, multiple: int, fr
     expected = f"latents of shape (batch, {channels}, {'frames, ' if frames else ''}height, width)"
     rank = 5 if frames else 4
     if latents.ndim != rank:
+        if latents.ndim == rank - 1 and shape[0] == channels:
+            raise ValueError(f"got one latent of shape {shape} without a batch dimension; pass latents[None]")
         kinds = {3: "packed latents", 4: "latents without frames", 5: "latents with a frame dimension"}
         raise ValueError(f"got {kinds.get(latents.ndim, 'latents')} of shape {shape}; {name} takes {expected}")
     if shape[1] != channels:
-        raise ValueError(f"latents of shape {shape} have {shape[1]} channels; {name} takes {expected}")
+        hint = "; if these are images, encode them with the VAE" if shape[1] == 3 else ""
+        raise ValueError(f"latents of shape {shape} have {shape[1]} channels; {name} takes {expected}{hint}")
     height, width = shape[-2:]
     if height % multiple or width % multiple or 0 in shape:
         raise ValueError(

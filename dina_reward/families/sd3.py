@@ -99,6 +99,9 @@ class SD3Family(ModelFamily):
     def text_sizes(self, denoiser_config: Mapping[str, Any]) -> tuple[int, int | None]:
         return int(denoiser_config["joint_attention_dim"]), int(denoiser_config["pooled_projection_dim"])
 
+    def embeds_length(self, pipeline: Any, max_sequence_length: int | None) -> int | None:
+        return int(pipeline.tokenizer_max_length) + (max_sequence_length or 256)
+
     def encode(self, pipeline: Any, prompts: list[str], **options: Any) -> Conditioning:
         prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
             prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, **options

@@ -180,6 +180,9 @@ class StableDiffusionFamily(UNetFamily):
     def matches(self, denoiser_config: Mapping[str, Any]) -> bool:
         return denoiser_config.get("addition_embed_type") is None
 
+    def embeds_length(self, pipeline: Any, max_sequence_length: int | None) -> int | None:
+        return None if pipeline.tokenizer is None else int(pipeline.tokenizer.model_max_length)
+
     def encode(self, pipeline: Any, prompts: list[str], **options: Any) -> Conditioning:
         self.check_sequence_length(pipeline, options.get("max_sequence_length"))
         prompt_embeds, _ = pipeline.encode_prompt(

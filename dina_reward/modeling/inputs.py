@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -43,6 +44,42 @@ def check_latents(
     if not bool(finite.all()):
         bad = (~finite).nonzero().flatten().tolist()
         raise NonFiniteError(f"latents of rows {bad[:8]} are not finite; the sampler has diverged")
+
+
+def unscaled_note(latents: Tensor, pipeline: Any) -> str | None:
+    """A warning for latents whose spread is that of the autoencoder's own, before ``* scaling_factor``; or None.
+
+    Generators' latents are scaled to a standard deviation near 1, which those for the decoder are not. Where
+    `scaling_factor` is near 1 the two cannot be told apart, and nothing is said.
+    """
+    config = getattr(getattr(pipeline, "vae", None), "config", None)
+    if config is None or config.get("latents_mean") is not None:
+        return None
+    unscaled, spread = 1 / float(config["scaling_factor"]), float(latents.detach().float().std())
+    if latents[0].numel() < 2 or spread <= 0 or abs(math.log(unscaled)) < 0.3:
+        return None
+    if math.log(spread) / math.log(unscaled) < 0.8:
+        return None
+    return (
+        f"the latents have a standard deviation of {spread:.2f}; a generator's are near 1, and those that are un-scaled for "
+        f"the decoder (latents / scaling_factor + shift_factor) near {unscaled:.2f}: pass the latents as the pipeline "
+        "returns them for output_type='latent'"
+    )
+
+
+def length_note(conditioning: Conditioning, expected: int | None) -> str | None:
+    """A warning for prompt embeddings of another length than the reward encodes prompts to; or None.
+
+    Args:
+        expected: tokens; ``None`` where they vary.
+    """
+    length = conditioning.prompt_embeds.shape[1]
+    if expected is None or length == expected or conditioning.prompt_embeds_mask is not None:
+        return None
+    return (
+        f"prompt_embeds have {length} tokens; this reward encodes prompts to {expected}, and scores move with the padding: "
+        "encode with its max_sequence_length, or pass prompts"
+    )
 
 
 def expand_prompts(prompts: str | Sequence[str], batch: int) -> list[str]:

@@ -26,8 +26,8 @@ def draw_noise(
     """Noise for a batch of latents.
 
     With an integer ``seed``, row ``i`` has a stream of its own that depends on the seed and ``i`` alone. With a
-    sequence of seeds, row ``i`` depends on ``seed[i]`` alone, so that rows keep their noise in any batch. Seeded draws
-    are made on the CPU and are the same on every device.
+    sequence of seeds, row ``i`` depends on ``seed[i]`` alone, so that rows keep their noise in any batch; a single row
+    has the same noise for ``s`` and ``[s]``. Seeded draws are made on the CPU and are the same on every device.
 
     Args:
         latents: clean latents, shape ``(batch, ...)``.
@@ -130,7 +130,7 @@ def _samples(shape: tuple[int, ...], num_samples: int, stream: torch.Generator) 
 
 
 def row_seeds(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor, batch: int) -> list[int]:
-    """The seed of every row's own stream: derived from an integer, or as given.
+    """The seed of every row's own stream: as given, or derived from an integer, which is that of the first row.
 
     Args:
         seed: an integer of any kind (also a 0-d array or tensor of integers), or one for each row.
@@ -141,7 +141,8 @@ def row_seeds(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor, batch: int
     if isinstance(seed, (str, bytes, Set, Mapping)):
         raise ValueError(f"seed must be an integer or a sequence of integers, got {type(seed).__name__} {seed!r}")
     if np.ndim(cast(Any, seed)) == 0:
-        return [fold_seed(_integer(seed), row) for row in range(batch)]
+        number = _integer(seed)
+        return [number, *(fold_seed(number, row) for row in range(1, batch))][:batch]
     seeds = [_integer(value) for value in seed]  # type: ignore[union-attr]
     if len(seeds) != batch:
         raise ValueError(f"got {len(seeds)} seeds for {batch} latents; pass one integer or one seed per latent")

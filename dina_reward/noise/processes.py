@@ -104,6 +104,12 @@ class NoiseProcess(ABC):
                 f"timesteps {wanted.tolist()} lie between 0 and 1, where the grid goes up to {high:.4g}; if these are noise "
                 "levels, pass them as `noise_level=`"
             )
+        # Schedulers may round their timesteps to integers.
+        if bool(((wanted > 0) & (wanted < low - 1)).any()):
+            raise ValueError(
+                f"timesteps {wanted.tolist()} lie below the scheduler's lowest, {low:.4g}; a clean latent is at 0, and "
+                "noise levels are given as `noise_level=`"
+            )
         if not bool(((wanted >= 0) & (wanted <= high + 1)).all()):
             raise ValueError(
                 f"timesteps must lie in the scheduler's range [{low:.4g}, {high:.4g}], got {wanted.tolist()}. "

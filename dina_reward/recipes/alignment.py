@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dina_reward.checks.values import check_choice, check_int
 from dina_reward.quiet import dtype_option
+from dina_reward.shipped import WORLDS
 
 
 if TYPE_CHECKING:
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes that frozen weights may have."""
-
-WORLDS = {"shapes": "flow", "shapes-ddpm": "ddpm"}
-"""What recipes and commands call the generators of `dina_reward.shapes` and their rewards: flow-matching and DDPM."""
-
 
 ALGORITHMS = {
     "flow_grpo": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
@@ -126,7 +123,7 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
             that does not fit the generator.
     """
     from dina_reward import LatentReward
-    from dina_reward.shapes import load_pipeline, load_reward
+    from dina_reward.shapes import load_pipeline
 
     dtype, name = torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
     pipeline: Any
@@ -138,11 +135,10 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
         pipeline = open_pipeline(name, dtype=dtype, **_loading_options(name))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"pipeline": pipeline, "share_backbone": arguments.share_backbone}
-    path = arguments.reward_model_path
-    if path in WORLDS:
-        return pipeline, load_reward(WORLDS[path], **options)
-    return pipeline, LatentReward.from_pretrained(path, **options)
+    reward = LatentReward.from_pretrained(
+        arguments.reward_model_path, pipeline=pipeline, share_backbone=arguments.share_backbone
+    )
+    return pipeline, reward
 
 
 def load_reward_funcs(arguments: RecipeArguments, latent_reward: LatentReward) -> list[Any]:

@@ -133,7 +133,11 @@ def test_a_whole_pipeline_is_loaded_with_the_options_of_diffusers(saved_sd: Path
 
 
 def test_towers_that_an_encoder_was_cut_out_of_may_be_left_over() -> None:
-    report = {"missing_keys": set(), "unexpected_keys": {"lm_head.weight", "vision_model.post"}, "mismatched_keys": set()}
+    report = {
+        "missing_keys": set(),
+        "unexpected_keys": {"lm_head.weight", "vision_model.post"},
+        "mismatched_keys": set(),
+    }
     check_loading_report("here", "CLIPTextModel", report)
     with pytest.raises(ValueError, match=r"1 of another shape \(.*shared.weight"):
         check_loading_report("here", "T5EncoderModel", report | {"mismatched_keys": {("shared.weight", (1,), (2,))}})

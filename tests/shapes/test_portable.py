@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel
 
 from dina_reward.shapes import load_pipeline, weights_dir
 from dina_reward.shapes.portable import make_portable
+from dina_reward.shapes.text import new_tokenizer, new_word_encoder
 
 
 NEW = "TokenizersBackend"
@@ -40,6 +42,19 @@ def test_what_transformers_5_writes_becomes_portable(tmp_path):
         assert all(torch.equal(after[name], before[name]) for name in before)
         for path in (index, tokenizer):
             assert path.read_text() == (weights_dir("ddpm") / path.relative_to(made)).read_text()
+
+
+def test_an_encoder_without_layers_gets_one_that_adds_nothing(tmp_path):
+    directory = tmp_path / "flow"
+    (directory / "text_encoder_3").mkdir(parents=True)
+    (directory / "model_index.json").write_text(json.dumps({"text_encoder_3": ["transformers", "T5EncoderModel"]}))
+    encoder = new_word_encoder(new_tokenizer(bos=False), seed=0)
+    encoder.save_pretrained(directory / "text_encoder_3")
+    make_portable(directory)
+    made, report = T5EncoderModel.from_pretrained(directory / "text_encoder_3", output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    words = torch.tensor([[4, 9, 2, 0], [1, 2, 3, 5]])
+    assert torch.equal(made(words)[0], encoder(words)[0])
 
 
 def test_the_text_encoder_has_its_own_weights():
