@@ -21,6 +21,7 @@ PAGES = {
     "README.md": "index.md",
     "SECURITY.md": "security.md",
     "dina_reward/families/README.md": "families.md",
+    "dina_reward/integrations/README.md": "integrations.md",
     "recipes/README.md": "recipes.md",
 }
 """Pages of the repository, and where they stand on the site."""

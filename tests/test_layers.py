@@ -14,7 +14,7 @@ import dina_reward
 
 PACKAGE = Path(dina_reward.__file__).parent
 LAYERS = (
-    {"lazy", "quiet", "checks"},
+    {"lazy", "quiet", "checks", "shipped"},
     {"noise", "likelihood"},
     {"families"},
     {"modeling"},

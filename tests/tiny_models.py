@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import string
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
 def clip_tokenizer(model_max_length: int = 77) -> Any:
-    from transformers import CLIPTokenizer
+    import transformers
 
     letters = [chr(code) for code in range(33, 127)]
     pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=model_max_length)
+    if transformers.__version__ >= "5":
+        return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=model_max_length)
+    with tempfile.TemporaryDirectory() as directory:
+        files = {"vocab_file": Path(directory, "vocab.json"), "merges_file": Path(directory, "merges.txt")}
+        files["vocab_file"].write_text(json.dumps(vocab))
+        files["merges_file"].write_text("#version: 0.2\n")
+        return transformers.CLIPTokenizer(**files, model_max_length=model_max_length)
 
 
 def t5_tokenizer(model_max_length: int = 77) -> Any:
-    from transformers import T5TokenizerFast
+    import transformers
 
     letters = string.ascii_letters + string.digits + string.punctuation
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in letters)]
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=model_max_length)
+    if transformers.__version__ >= "5":
+        return transformers.T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=model_max_length)
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=model_max_length)
 
 
 def qwen_tokenizer(model_max_length: int = 77) -> Any:

@@ -12,7 +12,7 @@ app = typer.Typer(help="Alignment and training recipes: list, show, validate.", 
 
 DirectoryOption = Annotated[
     Path | None,
-    typer.Option(help="The recipes directory. Default: ./recipes, or the one beside the package.", file_okay=False),
+    typer.Option(help="The recipes directory. Default: ./recipes, or the package's own.", file_okay=False),
 ]
 
 

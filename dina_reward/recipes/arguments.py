@@ -23,10 +23,15 @@ except ModuleNotFoundError as error:
     raise missing_extra(error, "dina_reward.recipes") from error
 
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""What the package has of the repository's ``recipes``: the configurations, in ``configs``."""
+
+
 class ConfigParser(TrlParser):
     """`trl.TrlParser` that checks the keys and the types of a YAML file too, and says in one line what is wrong.
 
-    The dataclasses are filled from ``--config file.yaml`` and from the command line, which wins. One number stands for a
+    The dataclasses are filled from ``--config file.yaml``, or the name of a configuration that ships with the package, and
+    from the command line, which wins. One number stands for a
     list of one, and ``--name null`` for no value where a field may have none. Every fault is a `ValueError`: a key or option
     that no dataclass has (with the nearest one that exists), a value of the wrong type, a missing required field, and what
     the dataclasses themselves refuse.
@@ -55,10 +60,10 @@ class ConfigParser(TrlParser):
         if "--config" not in arguments:
             super().set_defaults_with_config(**self._nulls)
             return super().parse_args_and_config(arguments, **options)
-        path = Path(*arguments[arguments.index("--config") + 1 :][:1])
-        if not path.is_file():
-            raise ValueError(f"--config must name a YAML file, but there is no file {str(path)!r}")
+        place = arguments.index("--config") + 1
+        path = config_path("".join(arguments[place : place + 1]))
         _check_yaml(path)
+        arguments[place : place + 1] = [str(path)]
         return super().parse_args_and_config(arguments, **options)
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
@@ -99,6 +104,22 @@ class ConfigParser(TrlParser):
 
     def _suggestion(self, name: str, prefix: str = "") -> str:
         return did_you_mean(name, self.field_types, prefix)
+
+
+def config_path(name: str) -> Path:
+    """A configuration's file by its path, or by its name among those that ship with the package.
+
+    Raises:
+        ValueError: there is neither; the nearest name is given.
+    """
+    path, shipped = Path(name), {path.stem: path for path in (SHIPPED / "configs").glob("*.yaml")}
+    if path.is_file():
+        return path
+    stem = path.name.removesuffix(".yaml")
+    if stem in shipped and path.parent in (Path("."), Path("recipes/configs")):
+        return shipped[stem]
+    guess = did_you_mean(stem, shipped)
+    raise ValueError(f"--config must name a YAML file or a configuration, but there is no file {name!r}{guess}")
 
 
 class _StrictLoader(yaml.SafeLoader):

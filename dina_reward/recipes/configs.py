@@ -19,7 +19,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from dina_reward.recipes.arguments import ConfigParser, did_you_mean
+from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments
+from dina_reward.recipes.arguments import SHIPPED, ConfigParser, did_you_mean
 
 
 _PROCESS_OPTIONS = ("--num_processes", "--nproc_per_node", "--nproc-per-node")
@@ -112,16 +113,17 @@ class RecipeConfig:
 def find_directory(directory: Path | None = None) -> Path:
     """The ``recipes`` directory: the given one, else that of the working directory, else the one beside the package.
 
+    An installed package has its configurations within itself, and no scripts.
+
     Raises:
         ValueError: there is none.
     """
-    places = [directory] if directory is not None else [Path("recipes"), Path(__file__).parents[2] / "recipes"]
+    places = [Path("recipes"), Path(__file__).parents[2] / "recipes", SHIPPED] if directory is None else [directory]
     for place in places:
         if (place / "configs").is_dir():
             return place
     raise ValueError(
-        f"no recipes in {' or '.join(str(place.resolve()) for place in places)}: they come with the source repository, not "
-        "with the installed package. Run this in a checkout of it, or give --directory path/to/recipes"
+        f"no recipes in {' or '.join(str(place.resolve()) for place in places)}: expected a directory with configs/*.yaml"
     )
 
 
@@ -148,9 +150,13 @@ def find_config(name: str, directory: Path | None = None) -> RecipeConfig:
 def recipe_dataclasses(script: Path) -> tuple[type, ...]:
     """The dataclasses that annotate the parameters of a recipe's ``main``.
 
+    Those of the recipes that are commands, `align` and `train`, are known without their scripts.
+
     Raises:
         ValueError: there is no such script, or its ``main`` does not take dataclasses.
     """
+    if not script.is_file() and (known := _known_dataclasses(script.stem)):
+        return known
     # A dataclass that the script defines looks its module up by name.
     name = f"dina_reward_recipe_{script.stem}"
     specification = importlib.util.spec_from_file_location(name, script) if script.is_file() else None
@@ -167,6 +173,19 @@ def recipe_dataclasses(script: Path) -> tuple[type, ...]:
             f"{script}: the parameters of main must be annotated with the dataclasses of its configuration"
         )
     return types
+
+
+def _known_dataclasses(recipe: str) -> tuple[type, ...]:
+    if recipe == "train_reward":
+        from dina_reward.recipes.reward_training import TrainRewardArguments
+        from dina_reward.training import LatentRewardTrainingConfig
+
+        return TrainRewardArguments, LatentRewardTrainingConfig
+    if recipe not in ALGORITHMS:
+        return ()
+    from dina_reward import alignment
+
+    return RecipeArguments, getattr(alignment, ALGORITHMS[recipe][0])
 
 
 def check_config(

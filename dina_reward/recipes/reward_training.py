@@ -261,6 +261,12 @@ def train_reward(arguments: TrainRewardArguments, training_args: LatentRewardTra
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Parses a command line with `ConfigParser` (``--config file.yaml`` and any field), and trains."""
+    """Parses a command line with `ConfigParser` (``--config file.yaml`` and any field), and trains.
+
+    Args:
+        args: the command line, by default that of the process; its first word may be the name of a configuration.
+    """
+    if args and not args[0].startswith("-"):
+        args = ["--config", *args]
     parser = ConfigParser((TrainRewardArguments, LatentRewardTrainingConfig))
     train_reward(*parser.parse_args_and_config(None if args is None else list(args)))

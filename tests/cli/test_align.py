@@ -50,10 +50,29 @@ def test_a_configuration_and_options_reach_the_trainer(tmp_path: Path, monkeypat
     assert (parsed.output_dir, parsed.seed) == (str(tmp_path), 7)
 
 
+def test_a_configurations_name_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(recipes, "align", lambda *run: runs.append(run))
+    monkeypatch.chdir(tmp_path)
+    for words in (["flow_grpo_shapes"], ["flow_grpo", "--config", "flow_grpo_shapes"]):
+        result = invoke(*words, "--max_steps", 2, "--use_cpu", "true")
+        assert result.exit_code == 0, result.exception
+    for trainer, arguments, parsed in runs:
+        assert trainer is alignment.DiffusionGRPOTrainer
+        assert (arguments.dataset_name, parsed.max_steps, parsed.lora_rank > 0) == ("shapes", 2, True)
+    assert len(runs) == 2
+    for words, message in (
+        (["train_reward_shapes"], "train_reward_shapes is a configuration of recipes/train_reward.py"),
+        (["flow_grpo_sd35_medium"], "required: --dataset_name"),
+        (["flow_grpo", "--config", "flow_grpo_shape"], "did you mean flow_grpo_shapes?"),
+    ):
+        assert message in str(invoke(*words).exception)
+
+
 def test_mistakes_are_named() -> None:
     result = invoke("flow_gpro", "--config", "x.yaml")
     assert isinstance(result.exception, ValueError)
-    assert str(result.exception) == "no algorithm 'flow_gpro'; did you mean flow_grpo?"
+    assert str(result.exception) == "no algorithm or configuration 'flow_gpro'; did you mean flow_grpo?"
     result = invoke("ppo")
     assert "there are flow_grpo, grpo, ddpo, nft, online_dpo, refl" in str(result.exception)
     result = invoke("ddpo", "--bta", "0.1")

@@ -16,6 +16,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "recipes" / "README.md",
     ROOT / "dina_reward" / "families" / "README.md",
+    ROOT / "dina_reward" / "integrations" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 )
 SOURCES = tuple(

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from dina_reward.recipes import configs as recipe_configs
+from dina_reward.recipes.arguments import SHIPPED
 from dina_reward.recipes.configs import (
     Launch,
     RecipeConfig,
     check_config,
+    configs_of,
     find_config,
     find_directory,
     recipe_dataclasses,
@@ -144,8 +146,11 @@ def test_where_recipes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         recipe_configs, "__file__", str(tmp_path / "site-packages" / "dina_reward" / "recipes" / "configs.py")
     )
     (tmp_path / "recipes" / "configs").rmdir()
-    with pytest.raises(ValueError, match=r"not with the installed package.* --directory path/to/recipes"):
-        find_directory()
+    assert find_directory() == SHIPPED
+    for config in configs_of(SHIPPED):
+        assert config.launch is not None
+        if config.launch.recipe != "benchmark_rewards":
+            assert f"valid for recipes/{config.launch.recipe}.py" in check_config(config)
     with pytest.raises(ValueError, match="no recipes in"):
         find_directory(tmp_path)
 
