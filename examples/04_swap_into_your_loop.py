@@ -46,6 +46,13 @@ def sample(prompts: list[str], seed: int, steps: int = 6) -> torch.Tensor:
     return pipe(prompt=prompts, num_inference_steps=steps, generator=generator, **settings).images
 
 
+def predict(latents, embeds, pooled, level, noise):
+    """The clean latents that the model sees in noisy ones."""
+    noisy = (1 - level) * latents + level * noise
+    velocity = transformer(noisy, embeds, pooled, 1000 * level.flatten(), return_dict=False)[0]
+    return noisy - level * velocity
+
+
 def report(when: str) -> None:
     """Mean reward of samples for held-out prompts, and the share of their attributes that the oracle finds right."""
     prompts = sample_prompts(144, "held_out", seed=1)
@@ -73,23 +80,19 @@ for number in range(arguments.rounds):
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=6
         )
-    rows = torch.randperm(len(prompts)).chunk(2)
-    draws = [(part, torch.rand(len(part), 1, 1, 1), torch.randn_like(latents[part])) for part in rows * LEVELS]
-
-    def predict(part: torch.Tensor, level: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The clean latents that the model sees in noisy ones."""
-        noisy = (1 - level) * latents[part] + level * noise
-        time = 1000 * level.flatten()
-        velocity = transformer(noisy, embeds[part], pooled[part], time, return_dict=False)[0]
-        return noisy - level * velocity
-
+    parts = torch.randperm(len(prompts)).chunk(2) * LEVELS
+    shares = [share[part] for part in parts]
+    draws = [
+        (latents[part], embeds[part], pooled[part], torch.rand(len(part), 1, 1, 1), torch.randn_like(latents[part]))
+        for part in parts
+    ]
     with torch.no_grad():
         old = [predict(*draw) for draw in draws]
     for half in range(2):
-        for draw, before in list(zip(draws, old, strict=True))[half::2]:
-            step, clean = predict(*draw) - before, latents[draw[0]]
+        for draw, good, before in list(zip(draws, shares, old, strict=True))[half::2]:
+            clean, step = draw[0], predict(*draw) - before
             loss = torch.zeros(())
-            for side, weight in ((before + step, share[draw[0]]), (before - step, 1 - share[draw[0]])):
+            for side, weight in ((before + step, good), (before - step, 1 - good)):
                 scale = (side.detach() - clean).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-5)
                 loss = loss + (weight * (side - clean) ** 2 / scale).mean()
             (loss / LEVELS).backward()

@@ -195,7 +195,9 @@ def read_lora_config(directory: Path) -> LoraConfig:
         )
     from peft import LoraConfig
 
-    known = {f.name for f in fields(LoraConfig)}
+    from dina_reward.modeling.lora import new_lora_config
+
+    known = {"exclude_modules", *(f.name for f in fields(LoraConfig))}
     surplus = sorted(
         key
         for key, value in values.items()
@@ -206,7 +208,7 @@ def read_lora_config(directory: Path) -> LoraConfig:
             f"{directory / ADAPTER_CONFIG_FILE} sets options that a reward's LoRA does not have: {surplus}"
         )
     check_patterns(values, directory / ADAPTER_CONFIG_FILE)
-    return LoraConfig(**{key: value for key, value in values.items() if key in known & _LORA_OPTIONS})
+    return new_lora_config(**{key: value for key, value in values.items() if key in known & _LORA_OPTIONS})
 
 
 def check_patterns(values: Mapping[str, Any], where: Path) -> None:

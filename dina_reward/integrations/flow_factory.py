@@ -12,6 +12,7 @@ has, and in evaluations, which store no latents, the encoded image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class FlowFactoryScorer:
         images = torch.stack(list(image)) if isinstance(image[0], Tensor) else image
         return self.scorer(self.scorer.encode(images), prompt)
 
-    def _size(self, latents: Tensor, size: dict[str, int]) -> dict[str, int]:
+    def _size(self, latents: Tensor, size: dict[str, Any]) -> dict[str, Any]:
         """The size in pixels, which only packed latents need."""
         return size if latents.ndim == 3 else {}
 
@@ -114,8 +115,7 @@ def __getattr__(name: str) -> Any:
     """`LatentRewardModel`, whose base is the client's and imported when it asks for the class."""
     if name != "LatentRewardModel":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from flow_factory.rewards.abc import PointwiseRewardModel
-
-    model_class = type(name, (FlowFactoryScorer, PointwiseRewardModel), {"__module__": __name__})
+    base = import_module("flow_factory.rewards.abc").PointwiseRewardModel
+    model_class = type(name, (FlowFactoryScorer, base), {"__module__": __name__})
     globals()[name] = model_class
     return model_class

@@ -150,7 +150,7 @@ def default_lora_config(
     Where the family's blocks transform text and the last text tap lies before the last block (or there is none), that
     block's text projections are left alone.
     """
-    from peft import LoraConfig
+    from dina_reward.modeling.lora import new_lora_config
 
     family = get_family(config.family)
     targets = family.reward_lora_targets
@@ -159,7 +159,7 @@ def default_lora_config(
     transforms_text = any(target.endswith("to_add_out") for target in targets)
     unread = transforms_text and config.num_layers > max(config.text_taps or (0,))
     last = rf".*\.{config.num_layers - 1}\..*\.(add_[qkv]_proj|to_add_out)"
-    return LoraConfig(
+    return new_lora_config(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         init_lora_weights="gaussian",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from dina_reward.families import Backbone, Conditioning, ModelFamily, TapFeatures
 from dina_reward.modeling.config import LatentRewardConfig
 from dina_reward.modeling.heads import build_head
+from dina_reward.modeling.lora import add_lora
 
 
 class LatentRewardModel(nn.Module):
@@ -29,7 +30,7 @@ class LatentRewardModel(nn.Module):
         super().__init__()
         self.config = config
         backbone.requires_grad_(False)
-        self.backbone: PeftModel = get_peft_model(backbone, lora_config)
+        self.backbone: PeftModel = add_lora(backbone, lora_config)
         assert config.text_taps is not None
         self.head = build_head(
             config.head,
