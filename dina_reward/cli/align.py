@@ -24,5 +24,6 @@ def align(
         typer.echo(context.get_help())
         return
     from dina_reward.recipes.alignment import main
+    from dina_reward.recipes.configs import alignment_command
 
-    main(algorithm, context.args)
+    main(*alignment_command(algorithm, context.args))

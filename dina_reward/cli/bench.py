@@ -9,7 +9,7 @@ import typer
 
 from dina_reward.cli.console import in_terminal, print_table
 from dina_reward.cli.options import DeviceOption, DtypeChoice, DtypeOption, JsonOption
-from dina_reward.recipes.alignment import WORLDS
+from dina_reward.shipped import WORLDS
 
 
 if TYPE_CHECKING:

@@ -102,7 +102,7 @@ def align(
 
 
 def main(algorithm: str, args: Sequence[str]) -> None:
-    """What ``dina-reward align`` does: parses a command line as the recipe of an algorithm does, and aligns.
+    """Parses a command line as the recipe of an algorithm does, and aligns.
 
     Args:
         algorithm: one of `ALGORITHMS`, or the name of a configuration, which stands for its algorithm and ``--config``.

@@ -147,6 +147,30 @@ def find_config(name: str, directory: Path | None = None) -> RecipeConfig:
     return found[stem]
 
 
+def alignment_command(name: str, options: Sequence[str]) -> tuple[str, list[str]]:
+    """Algorithm and options of ``dina-reward align NAME ...``; a configuration stands for its algorithm and ``--config``.
+
+    Args:
+        name: of an algorithm, or of a configuration in the ``recipes`` directory.
+        options: what follows it.
+
+    Raises:
+        ValueError: it is neither, or the configuration of a recipe that aligns nothing.
+    """
+    if name in ALGORITHMS:
+        return name, list(options)
+    recipes = {config: launch.recipe for config in configs_of(find_directory()) if (launch := config.launch)}
+    found = {config.name: (recipe, config.path) for config, recipe in recipes.items()}
+    recipe, path = found.get(name, ("", Path()))
+    if recipe in ALGORITHMS:
+        return recipe, ["--config", str(path), *options]
+    if recipe:
+        raise ValueError(f"{name} is a configuration of recipes/{recipe}.py, which aligns nothing")
+    known = [*ALGORITHMS, *(name for name, (recipe, _) in found.items() if recipe in ALGORITHMS)]
+    listed = f"; there are {', '.join(ALGORITHMS)}, and what `dina-reward recipes list` shows"
+    raise ValueError(f"no algorithm or configuration {name!r}{did_you_mean(name, known) or listed}")
+
+
 def recipe_dataclasses(script: Path) -> tuple[type, ...]:
     """The dataclasses that annotate the parameters of a recipe's ``main``.
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dina_reward.cli.console import in_terminal, pipeline_path, reward_path
+from dina_reward.cli.console import in_terminal
+from dina_reward.shipped import pipeline_path, reward_path
 
 
 def test_shipped_names_are_directories_and_other_names_stay() -> None:

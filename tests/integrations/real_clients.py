@@ -28,7 +28,10 @@ from dina_reward.shapes import Oracle, load_pipeline, sample_latents, sample_pro
 
 def run_trl(epochs: int) -> None:
     """`DDPOTrainer` of TRL <= 0.23 on the DDPM world: reward and oracle before and after."""
+    from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+    PartialState(cpu=True)  # TRL's wrapper logs before its trainer has made one
 
     class Pipeline(LatentOutput, DefaultDDPOStableDiffusionPipeline):
         pass
