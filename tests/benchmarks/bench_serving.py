@@ -39,8 +39,8 @@ GROUP = 18
 
 
 @contextlib.contextmanager
-def server(max_batch_size: int) -> Iterator[str]:
-    """The command in a process of its own, once it is ready."""
+def server(max_batch_size: int) -> Iterator[Callable[[], str]]:
+    """The command in a process of its own; gives a function that waits until it is ready and returns its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,13 +48,17 @@ def server(max_batch_size: int) -> Iterator[str]:
     command += [f"--max-batch-size={max_batch_size}", "--drain-seconds=0"]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            for _ in range(600):
+
+        def ready() -> str:
+            while process.poll() is None:
                 with contextlib.suppress(urllib3.exceptions.HTTPError):
                     if urllib3.request("GET", f"{url}/readyz", retries=False).status == 200:
-                        break
+                        return url
                 time.sleep(0.5)
-            yield url
+            raise RuntimeError(f"the server ended with code {process.returncode}")
+
+        try:
+            yield ready
         finally:
             process.terminate()
 
@@ -93,14 +97,17 @@ def figure(url: str, name: str) -> float:
 
 def measure(rows: int, rounds: int, clients: list[int], max_batch_size: int) -> dict[str, Any]:
     """Median seconds of every way to score the rows."""
-    reward = load_reward(pipeline=load_pipeline())
-    latents, prompts, bodies = rows_of(reward, rows)
-    with server(max_batch_size) as url:
+    with server(max_batch_size) as ready:
+        reward = load_reward(pipeline=load_pipeline())
+        latents, prompts, bodies = rows_of(reward, rows)
+        url = ready()
         pool = urllib3.PoolManager(maxsize=max(clients), retries=False)
         remote = RemoteReward(url, batch_size=max_batch_size)
 
         def post(body: bytes) -> float:
             reply = pool.request("POST", f"{url}/v1/score", body=body, headers=HEADERS)
+            if reply.status != 200:
+                raise RuntimeError(f"{reply.status}: {reply.data!r}")
             return float(json.loads(reply.data)["raw_scores"][0])
 
         def direct(batch: int) -> torch.Tensor:
@@ -158,8 +165,8 @@ def summary(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=144)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=72)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--max-batch-size", type=int, default=8)
     arguments = parser.parse_args()

@@ -166,7 +166,7 @@ def test_the_command_from_start_to_sigterm_under_load(tmp_path: Path, reward: La
                 leave.set()
                 for each in clients:
                     each.result()
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0  # of which most is the end of the interpreter
         finally:
             process.kill()
     assert len(results) > 16
