@@ -1,6 +1,6 @@
 """Search methods on the embedded world at equal denoiser calls: which finds the better samples, and where it goes too far.
 
-    python recipes/compare_search.py --output outputs/search --jobs 2    # about 25 minutes on two cores, restartable
+    python recipes/compare_search.py --output outputs/search --jobs 2    # about 25 core-minutes, restartable
 
 Every method of `dina_reward.search` searches held-out prompts with the shipped latent rewards, on the flow-matching and on
 the DDPM generator, with several seeds, at budgets of 4, 8, 16 and 32 samples' denoiser calls; on a flow-matching generator
@@ -288,7 +288,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generators", nargs="+", choices=GENERATORS, default=list(GENERATORS), help="what to search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the searches")
     parser.add_argument("--jobs", type=int, default=2, help="jobs at the same time; they share the cores")
-    parser.add_argument("--prompts", type=int, default=16, help="different prompts, each searched twice")
+    parser.add_argument("--prompts", type=int, default=12, help="different prompts, each searched twice")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="in whole samples per prompt")
     parser.add_argument("--pool", type=int, default=64, help="samples per prompt for the curve of best-of-N")
     parser.add_argument("--iterations", type=int, default=15, help="of the alignment, 192 samples each")

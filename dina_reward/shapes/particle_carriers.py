@@ -1,8 +1,8 @@
-"""Which samplers can carry particles: how much of the data's variance each leaves in the samples, coarse and fine.
+"""Which samplers can carry particles: how much variance each leaves among the samples of a prompt, coarse and fine.
 
-A step of coefficients-preserving sampling (CPS) rebuilds the state from the predicted clean latent, so the variance that the
-data still have at a level is lost wherever fresh noise replaces kept noise. `python -m dina_reward.shapes.particle_carriers`
-measures it on real rollouts of the flow-matching generator, relative to a long deterministic rollout.
+A step of coefficients-preserving sampling (CPS) rebuilds the state from the predicted clean latent, so that of independent
+Gaussian data it loses variance wherever fresh noise replaces kept noise. `python -m dina_reward.shapes.particle_carriers`
+measures what that means on real rollouts of the flow-matching generator, relative to a longer deterministic rollout.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 
 Kind = Literal["flow_sde", "dance_sde", "cps"]
 
-STEPS, REFERENCE = 10, "ODE, 50 steps"
+STEPS, REFERENCE = 10, "ODE, 30 steps"
 CARRIERS: dict[str, tuple[int, Kind, float, int]] = {
-    REFERENCE: (50, "cps", 0.0, 0),
+    REFERENCE: (30, "cps", 0.0, 0),
     "ODE": (STEPS, "cps", 0.0, 0),
     "Flow-SDE .7, then 3 ODE steps": (STEPS, "flow_sde", 0.7, 7),
     "Flow-SDE .7": (STEPS, "flow_sde", 0.7, 9),
@@ -53,28 +53,35 @@ def roll_out(generator: Generator, prompts: Sequence[str], carrier: str, seed: i
     return sample(predict, initial, sampler, stochastic=range(count), trained=(), step_noise=noise).latents
 
 
-def variances(latents: Tensor) -> tuple[float, float]:
-    """Variance over samples of the means of 2 x 2 patches, and of what is left, each averaged over elements."""
+def variances(latents: Tensor, copies: int) -> tuple[float, float]:
+    """Variance inside prompts of the means of 2 x 2 patches, and of what is left, each averaged over elements and prompts.
+
+    Args:
+        latents (`Tensor`): shape ``(prompts * copies, channels, height, width)``, samples of a prompt side by side.
+        copies: samples per prompt.
+    """
     coarse = F.avg_pool2d(latents, 2)
     fine = latents - F.interpolate(coarse, scale_factor=2, mode="nearest")
-    return float(coarse.var(dim=0).mean()), float(fine.var(dim=0).mean())
+    inside = [part.unflatten(0, (-1, copies)).var(dim=1).mean() for part in (coarse, fine)]
+    return float(inside[0]), float(inside[1])
 
 
-def measure(prompts: int, seed: int = 0) -> dict[str, dict[str, float]]:
+def measure(prompts: int, copies: int, seed: int = 0) -> dict[str, dict[str, float]]:
     """Coarse and fine variance of every carrier relative to the reference, and what the oracle says.
 
     Args:
-        prompts: samples.
+        prompts: different prompts.
+        copies: samples of each.
         seed: of all draws.
     """
     pipeline = load_pipeline("flow")
     generator = Generator(pipeline, max_sequence_length=MAX_PROMPT_TOKENS)
-    texts, oracle = held_out_prompts()[:prompts], Oracle()
+    texts, oracle = [text for text in held_out_prompts()[:prompts] for _ in range(copies)], Oracle()
     found: dict[str, dict[str, float]] = {}
     reference: tuple[float, float] = (1.0, 1.0)
     for name in CARRIERS:
         latents = roll_out(generator, texts, name, seed)
-        own = variances(latents)
+        own = variances(latents, copies)
         reference = own if name == REFERENCE else reference
         scores = oracle(decode_latents(pipeline.vae, latents), texts)
         found[name] = {
@@ -96,10 +103,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the variance that samplers leave in the data.")
-    parser.add_argument("--prompts", type=int, default=96, help="samples, one per prompt")
+    parser.add_argument("--prompts", type=int, default=12, help="different prompts")
+    parser.add_argument("--copies", type=int, default=8, help="samples per prompt")
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
     arguments = parser.parse_args()
-    print(table(measure(arguments.prompts, arguments.seed)))
+    print(table(measure(arguments.prompts, arguments.copies, arguments.seed)))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ METHODS: Mapping[str, SearchMethod] = {
     "fk": FKSteering(),
     "stepwise": Stepwise(),
     "zero_order": ZeroOrder(neighbours=2),
-    "zero_order, early": ZeroOrder(neighbours=2, judged_at=0.6),
     "paths": PathSearch(),
     "guidance": Guidance(),
 }
@@ -77,6 +76,8 @@ VARIANTS: Mapping[str, SearchMethod] = {
     "fk, strength 1": FKSteering(strength=1.0),
     "fk, strength 10": FKSteering(strength=10.0),
     "fk, max": FKSteering(potential="max"),
+    "zero_order, judged at .6": ZeroOrder(neighbours=2, judged_at=0.6),
+    "zero_order, similarity .7": ZeroOrder(neighbours=2, similarity=0.7),
     "stepwise, 2 branches": Stepwise(branches=2),
     "stepwise, 8 branches": Stepwise(branches=8),
     "stepwise, (.2, .8)": Stepwise(window=(0.2, 0.8)),
@@ -236,7 +237,7 @@ def run_job(
 def run_variants(generator: str, output: Path, *, prompts: int, budget: int = VARIANT_BUDGET) -> None:
     """Other settings at one budget; figures go to ``GENERATOR/variants``."""
     bench = Bench(generator, prompts)
-    defaults = {name: METHODS[name] for name in ("halving", "fk", "stepwise", "guidance")}
+    defaults = {name: METHODS[name] for name in ("halving", "fk", "stepwise", "zero_order", "guidance")}
     settings = {**defaults, **VARIANTS}
     result = {name: bench.measure(method, budget, VARIANT_SEED) for name, method in settings.items()}
     write_result(output / generator / "variants", {"budget": budget, "methods": result})
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/search"), help="directory of all jobs")
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
     parser.add_argument("--variants", action="store_true", help="other settings instead, on a seed of their own")
-    parser.add_argument("--prompts", type=int, default=16, help="different prompts, each searched twice")
+    parser.add_argument("--prompts", type=int, default=12, help="different prompts, each searched twice")
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="in whole samples per prompt")
     parser.add_argument("--pool", type=int, default=64, help="samples per prompt for the curve of best-of-N")
     parser.add_argument("--iterations", type=int, default=15, help="of the alignment")
