@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dina_reward.checks.values import check_choice, check_int
 from dina_reward.quiet import dtype_option
+from dina_reward.recipes.refreshing import RefreshArguments, living_callbacks
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ ALGORITHMS = {
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(RefreshArguments):
     """What to align with which reward on which prompts."""
 
     model_name_or_path: str = field(
@@ -73,6 +74,7 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         check_choice("torch_dtype", self.torch_dtype, DTYPES)
         check_int(self, "max_eval_prompts", 1)
+        super().__post_init__()
 
 
 def align(
@@ -93,6 +95,7 @@ def align(
         train_dataset=load_prompts(arguments, config.seed),
         eval_dataset=load_eval_prompts(arguments),
         eval_reward_funcs=load_eval_reward_funcs(arguments),
+        callbacks=living_callbacks(arguments, reward),
     )
     trainer.train(resume_from_checkpoint=resume_point(config.resume_from_checkpoint))
     trainer.save_model()
@@ -125,12 +128,34 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
         ValueError: unknown dtype, a generator of no supported family (found before its weights are fetched), or a reward
             that does not fit the generator.
     """
-    from dina_reward import LatentReward
-    from dina_reward.shapes import load_pipeline, load_reward
+    pipeline = load_generator(arguments.model_name_or_path, arguments.torch_dtype, device)
+    options: dict[str, Any] = {"pipeline": pipeline, "share_backbone": arguments.share_backbone}
+    return pipeline, load_reward(arguments.reward_model_path, **options)
 
-    dtype, name = torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
+
+def load_reward(path: str, **options: Any) -> LatentReward:
+    """A latent reward by path, hub id or name of a world; options are those of `LatentReward.from_pretrained`."""
+    from dina_reward import LatentReward
+    from dina_reward.shapes import load_reward as load_shapes_reward
+
+    return (
+        load_shapes_reward(WORLDS[path], **options)
+        if path in WORLDS
+        else LatentReward.from_pretrained(path, **options)
+    )
+
+
+def load_generator(name: str, dtype_name: str, device: torch.device | str) -> Any:
+    """A whole pipeline on a device, without progress bars.
+
+    Raises:
+        ValueError: unknown dtype, or a generator of no supported family (found before its weights are fetched).
+    """
+    dtype = torch_dtype(dtype_name)
     pipeline: Any
     if name in WORLDS:
+        from dina_reward.shapes import load_pipeline
+
         pipeline = load_pipeline(WORLDS[name], **dtype_option(dtype))
     else:
         from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
@@ -138,11 +163,7 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
         pipeline = open_pipeline(name, dtype=dtype, **_loading_options(name))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    options: dict[str, Any] = {"pipeline": pipeline, "share_backbone": arguments.share_backbone}
-    path = arguments.reward_model_path
-    if path in WORLDS:
-        return pipeline, load_reward(WORLDS[path], **options)
-    return pipeline, LatentReward.from_pretrained(path, **options)
+    return pipeline
 
 
 def load_reward_funcs(arguments: RecipeArguments, latent_reward: LatentReward) -> list[Any]:
@@ -156,7 +177,7 @@ def load_prompts(arguments: RecipeArguments, seed: int) -> Any:
         from dina_reward.shapes.alignment import training_prompts
 
         return training_prompts(seed)
-    return _prompts_of(arguments.dataset_name, arguments.dataset_train_split)
+    return prompts_of(arguments.dataset_name, arguments.dataset_train_split)
 
 
 def load_eval_prompts(arguments: RecipeArguments) -> list[Any] | None:
@@ -168,7 +189,7 @@ def load_eval_prompts(arguments: RecipeArguments) -> list[Any] | None:
 
         prompts: Any = held_out_prompts()
     else:
-        prompts = _prompts_of(arguments.dataset_name, arguments.dataset_test_split)
+        prompts = prompts_of(arguments.dataset_name, arguments.dataset_test_split)
     return [prompts[index] for index in range(min(arguments.max_eval_prompts, len(prompts)))]
 
 
@@ -222,8 +243,13 @@ def _loading_options(name: str) -> dict[str, Any]:
     return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
 
 
-def _prompts_of(name: str, split: str) -> Sequence[Any]:
-    path = Path(name, f"{split}.txt")
+def prompts_of(name: str, split: str) -> Sequence[Any]:
+    """Prompts by name: a text file, a folder of SPLIT.txt, a dataset with a prompt column, or a world of shapes."""
+    if name in WORLDS:
+        from dina_reward.shapes.alignment import held_out_prompts, training_prompts
+
+        return training_prompts(0) if split == "train" else held_out_prompts()
+    path = Path(name) if name.endswith(".txt") else Path(name, f"{split}.txt")
     if path.is_file():
         from dina_reward.data.files import read_lines
 
