@@ -21,12 +21,6 @@ class TrainedModule(nn.Module):
         super().__init__()
         self.reward_model = reward_model
 
-    def keep_from_ddp(self) -> None:
-        """Keeps DDP from writing the first rank's frozen tensors over those of the others, which are a generator's."""
-        named = [*self.named_parameters(), *self.named_buffers()]
-        # What `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` sets.
-        self._ddp_params_and_buffers_to_ignore = [name for name, tensor in named if not tensor.requires_grad]
-
     def forward(self, *args: Any, run: Callable[[], Any] | None = None) -> Any:
         """Scores of a training batch, or whatever else has to see the whole weights.
 

@@ -33,7 +33,13 @@ from dina_reward.training.metrics import PairMetrics, evaluation_metrics
 from dina_reward.training.pair_noise import PairNoiser
 from dina_reward.training.reward_files import load_reward, save_reward
 from dina_reward.training.run_settings import dataset_digest, settings_of, tensor_digest
-from dina_reward.training.sharding import ExactTimesteps, compute_by_autocast, keep_scores_exact, reshard
+from dina_reward.training.sharding import (
+    ExactTimesteps,
+    compute_by_autocast,
+    keep_frozen_from_ddp,
+    keep_scores_exact,
+    reshard,
+)
 from dina_reward.training.trained_module import TrainedModule
 
 
@@ -101,7 +107,7 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         # FSDP2 shards it in place, so that it stays the trained module whatever it is wrapped in.
         self._trained_module = TrainedModule(reward.model)
         if reward.shares_backbone:
-            self._trained_module.keep_from_ddp()
+            keep_frozen_from_ddp(self._trained_module)
         if args.deepspeed_plugin is not None and args.bf16:
             compute_by_autocast(args.deepspeed_plugin.deepspeed_config)
         super().__init__(

@@ -38,6 +38,7 @@ from dina_reward.training.config import check_mixed_precision
 from dina_reward.training.ema import EMACallback
 from dina_reward.training.log_table import print_tables
 from dina_reward.training.run_settings import settings_of, tensor_digest, text_digest
+from dina_reward.training.sharding import keep_frozen_from_ddp
 
 
 EMA_DIRECTORY = "ema"
@@ -90,6 +91,8 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         check_mixed_precision(denoiser.dtype, args)
         pipeline.to(args.device)
         self.policy = self._new_policy(pipeline, args)
+        if not args.train_full_model:
+            keep_frozen_from_ddp(self.policy.denoiser)
         self._facts = _facts_of(self.policy, train_dataset, functions)
         self.ema = None
         if args.ema_decay is not None:
