@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 LikelihoodName = Literal["thurstone", "bradley_terry"]
-PreferenceLossName = Literal["thurstone_fidelity", "thurstone_nll", "bradley_terry"]
+PreferenceLossName = Literal["thurstone_fidelity", "thurstone_nll", "bradley_terry", "gaussian"]
 
 VARIANCE_EPS = 1e-6
 PROBABILITY_EPS = 1e-6
@@ -157,12 +157,16 @@ class PreferenceLoss:
     | ``thurstone_fidelity`` | ``1 - sqrt(q (p + 1e-6)) - sqrt((1 - q) (1 - p + 1e-6))`` |
     | ``thurstone_nll`` | ``-q log p - (1 - q) log(1 - p)`` |
     | ``bradley_terry`` | ``-q log sigmoid(m - margin) - (1 - q) log sigmoid(-m - margin)`` |
+    | ``gaussian`` | ``((s_chosen - y_chosen)^2 + (s_rejected - y_rejected)^2) / (2 (k sigma^2 + c))`` |
 
     ``thurstone_fidelity`` with ``q = 1`` is the published loss. It saturates on badly misordered pairs (their gradient
     vanishes, which forgives wrong labels); ``thurstone_nll`` does not. Where people prefer the chosen side with probability
     ``pi`` and a pair has one vote, its mean is least at ``p = pi^2 / (pi^2 + (1 - pi)^2)``: probabilities come out too
     sure. With shares of votes as ``q`` it is least at ``p = q``, and so is ``thurstone_nll`` with either.
     ``variance_scale=0, variance_offset=0.5`` is the fixed-variance ablation of the paper.
+
+    ``gaussian`` regresses on scores ``y`` of a judge: the negative log-likelihood of ``y ~ N(s, k sigma^2 + c)`` without its
+    constant. The difference of two such scores has the Thurstone model's variance, so preferences keep their meaning.
 
     Args:
         name (`str`): one of the above.
@@ -191,6 +195,7 @@ class PreferenceLoss:
         noise_level: Tensor,
         target: Tensor | None = None,
         weight: Tensor | None = None,
+        judged: Tensor | None = None,
     ) -> Tensor:
         """Weighted mean over the batch, a scalar. Weights multiply and are not renormalised.
 
@@ -200,14 +205,26 @@ class PreferenceLoss:
             target (`Tensor`, *optional*): probability that the chosen side is really preferred, shape ``(pairs,)``;
                 one by default, ``0.5`` for a tie.
             weight (`Tensor`, *optional*): shape ``(pairs,)``; one by default.
+            judged (`Tensor`, *optional*): what a judge scored the two sides, shape ``(pairs, 2)``; needed by ``gaussian``.
         """
-        losses = self.per_pair(score_chosen, score_rejected, noise_level, target)
+        losses = self.per_pair(score_chosen, score_rejected, noise_level, target, judged)
         return losses.mean() if weight is None else (losses * weight.to(losses)).mean()
 
     def per_pair(
-        self, score_chosen: Tensor, score_rejected: Tensor, noise_level: Tensor, target: Tensor | None = None
+        self,
+        score_chosen: Tensor,
+        score_rejected: Tensor,
+        noise_level: Tensor,
+        target: Tensor | None = None,
+        judged: Tensor | None = None,
     ) -> Tensor:
-        """Loss of every pair, shape ``(pairs,)``."""
+        """Loss of every pair, shape ``(pairs,)``; arguments as for the call.
+
+        Raises:
+            ValueError: shapes differ, or ``gaussian`` gets no scores of a judge.
+        """
+        if self.name == "gaussian":
+            return self._regression(score_chosen, score_rejected, noise_level, judged)
         margin = _margin(score_chosen, score_rejected)
         target = torch.ones_like(margin) if target is None else target.to(margin)
         if target.shape != margin.shape:
@@ -217,6 +234,25 @@ class PreferenceLoss:
         return _THURSTONE_LOSSES[self.name](
             self.thurstone.standardized_margin(score_chosen, score_rejected, noise_level), target
         )
+
+    def _regression(
+        self, score_chosen: Tensor, score_rejected: Tensor, noise_level: Tensor, judged: Tensor | None
+    ) -> Tensor:
+        scores = torch.stack([score_chosen, score_rejected], dim=1).to(
+            torch.promote_types(score_chosen.dtype, torch.float32)
+        )
+        if judged is None or judged.shape != scores.shape:
+            found = "none" if judged is None else f"shape {tuple(judged.shape)}"
+            raise ValueError(
+                f"the loss 'gaussian' needs a judge's scores of both sides of every pair, shape {tuple(scores.shape)}, got "
+                f"{found}; give the dataset the columns score_chosen and score_rejected, or choose a preference loss"
+            )
+        squares = (scores - judged.to(scores)).square().sum(dim=1)
+        return squares / (2 * self.thurstone.variance(noise_level.to(scores)) + VARIANCE_EPS)
+
+    def of_preferences(self) -> PreferenceLoss:
+        """What says of preferences what this loss says: for ``gaussian`` the negative log-likelihood they then have."""
+        return replace(self, name="thurstone_nll") if self.name == "gaussian" else self
 
     @property
     def likelihood(self) -> LikelihoodName:

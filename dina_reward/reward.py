@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from dina_reward.checkpoints.pretrained import PretrainedReward
+from dina_reward.checks.values import is_real
 from dina_reward.families import Conditioning
-from dina_reward.likelihood import PreferenceModel, ensemble_level
+from dina_reward.likelihood import PreferenceModel, ThurstoneModel, ensemble_level
 from dina_reward.modeling.inputs import (
     NonFiniteError,
     check_embeddings,
@@ -29,6 +30,7 @@ from dina_reward.modeling.inputs import (
     unscaled_note,
 )
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
+from dina_reward.modeling.spread import ScoreParts, SpreadName, score_spread
 from dina_reward.noise import FlowMatchingNoise, NoisePoint, model_states, rescales_states
 from dina_reward.noise.draws import draw_level_noise, draw_noise, row_seeds
 
@@ -84,6 +86,8 @@ class LatentReward(PretrainedReward):
         noise: Tensor | None = None,
         share_noise: bool = False,
         share_noise_across_levels: bool = True,
+        kappa: float = 0.0,
+        spread: SpreadName | None = None,
         normalize: bool = False,
         batch_size: int | None = None,
     ) -> RewardOutput:
@@ -106,6 +110,10 @@ class LatentReward(PretrainedReward):
             share_noise_across_levels: all levels of an ensemble see the same draws, as in the reference. ``False``: every
                 level has draws of its own (``noise`` then starts with a dimension of levels), so that their errors average
                 out; a seed gives a level the same noise in any ensemble.
+            kappa: conservative scoring, which makes what the reward is unsure of worth less: the mean minus ``kappa`` times
+                its standard error, ``spread_scale`` (see `dina_reward.evaluation.calibrate_spread`) times its spread.
+            spread: over noise ``"draws"``, over ``"levels"`` or over the ``"heads"`` of an ensemble; see
+                `dina_reward.modeling.spread.score_spread`. Default: the first of heads, draws, levels with several of them.
             normalize: apply the checkpoint's ``(raw + score_shift) / score_scale``.
             batch_size: latents per backbone pass; does not change results.
 
@@ -130,14 +138,20 @@ class LatentReward(PretrainedReward):
         else:
             draws = draw_level_noise(latents, points.level.tolist(), num_samples=num_noise_samples, **source)
         batch = NoisyBatch(latents, draws, points, conditioning, prompt_index)
-        scores, levels = score_batch(self.model, self.noise_process, batch, ensemble=ensemble, batch_size=batch_size)
-        scores = self._finish(scores, normalize)
+        parts = score_batch(self.model, self.noise_process, batch, ensemble=ensemble, batch_size=batch_size)
+        deviation = self._spread(parts, points, kappa, spread)
+        drawn = self._finish(parts.draws, normalize)
+        scores = drawn.mean(dim=0)
+        if deviation is not None:
+            deviation = deviation / self.config.score_scale if normalize else deviation
+            scores = scores - kappa * deviation
         return RewardOutput(
-            scores=scores.mean(dim=0),
-            level_scores=self._affine(levels, normalize).mean(dim=1).T,
-            noise_std=scores.std(dim=0) if num_noise_samples > 1 else None,
+            scores=scores,
+            level_scores=self._affine(parts.levels, normalize).mean(dim=1).T,
+            noise_std=drawn.std(dim=0) if num_noise_samples > 1 else None,
             noise_levels=points.level.to(self.device),
             timesteps=points.timestep.to(self.device),
+            spread=deviation,
         )
 
     @torch.no_grad()
@@ -227,7 +241,7 @@ class LatentReward(PretrainedReward):
         Args:
             latents_a, latents_b: clean latents, shape ``(batch, ...)``.
             prompts: one prompt per pair, or one for all.
-            options: as for `score`, except ``generator`` and ``normalize``; rows are pairs.
+            options: as for `score`, except ``generator``, ``normalize``, ``kappa`` and ``spread``; rows are pairs.
 
         Returns:
             `Tensor`: shape ``(batch,)``, float32.
@@ -313,6 +327,16 @@ class LatentReward(PretrainedReward):
     def _points(self, noise_level: NoiseLevel | None) -> NoisePoint:
         return self.noise_process.snap(self.config.noise_level if noise_level is None else noise_level)
 
+    def _spread(self, parts: ScoreParts, points: NoisePoint, kappa: float, name: SpreadName | None) -> Tensor | None:
+        """Standard error of the scores, if it is asked for."""
+        if not kappa and name is None:
+            return None
+        if not (is_real(kappa) and kappa >= 0):
+            raise ValueError(f"kappa must be a finite number that is not negative, got {kappa!r}")
+        model, levels = self.preference_model, points.level.to(self.device)
+        variance = model.variance(levels) if isinstance(model, ThurstoneModel) else torch.ones_like(levels)
+        return self.config.spread_scale * score_spread(parts, variance, name)
+
     def _affine(self, scores: Tensor, normalize: bool) -> Tensor:
         return (scores + self.config.score_shift) / self.config.score_scale if normalize else scores
 
@@ -343,7 +367,7 @@ def options_for_both_sides(
     """
     if latents_a.shape != latents_b.shape:
         raise ValueError(f"the two sides differ in shape: {tuple(latents_a.shape)} and {tuple(latents_b.shape)}")
-    refused = sorted({"generator", "normalize"} & set(options))
+    refused = sorted({"generator", "normalize", "kappa", "spread"} & set(options))
     if refused:
         raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
     options = dict(options)

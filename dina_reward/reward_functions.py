@@ -102,6 +102,16 @@ def takes_images(function: RewardFunction) -> bool:
     return "images" in _parameters(function)
 
 
+def parameter_names(function: RewardFunction) -> set[str]:
+    """Names of the arguments that a function's signature names; ``*args`` and ``**kwargs`` name none.
+
+    Raises:
+        ValueError: it has no readable signature.
+    """
+    parameters = _parameters(function).values()
+    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
 def check_synchronous(function: RewardFunction) -> None:
     """Refuses coroutine functions.
 

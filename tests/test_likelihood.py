@@ -20,7 +20,7 @@ from dina_reward.likelihood import (
 )
 
 
-LOSSES = get_args(PreferenceLossName)
+LOSSES = [name for name in get_args(PreferenceLossName) if name != "gaussian"]
 EXTREME_MARGINS = torch.tensor([-1e4, -300.0, -40.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 40.0, 300.0, 1e4])
 
 scores = st.floats(-50, 50, allow_nan=False, width=32)
@@ -262,3 +262,20 @@ def test_bradley_terry_asks_each_side_for_the_margin() -> None:
     found = loss.per_pair(*scores, torch.tensor([0.4]), torch.tensor([0.25]))
     expected = 0.25 * math.log1p(math.exp(1 - 1.5)) + 0.75 * math.log1p(math.exp(1 + 1.5))
     assert found.item() == pytest.approx(expected)
+
+
+def test_regression_has_the_variance_of_the_preferences():
+    loss = PreferenceLoss("gaussian", ThurstoneModel(2.0, 0.05))
+    chosen, rejected, level = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.0]), torch.tensor([0.4, 0.0])
+    judged = torch.tensor([[2.0, 0.0], [0.5, -1.0]])
+    found = loss.per_pair(chosen, rejected, level, judged=judged)
+    torch.testing.assert_close(found, torch.tensor([1 / (2 * 0.37), 1 / (2 * 0.05)]), atol=0, rtol=1e-4)
+    weighted = loss(chosen, rejected, level, weight=torch.tensor([1.0, 0.0]), judged=judged)
+    torch.testing.assert_close(weighted, found[0] / 2)
+    assert loss.likelihood == "thurstone"
+    assert loss.of_preferences().name == "thurstone_nll"
+    assert PreferenceLoss().of_preferences() == PreferenceLoss()
+    with pytest.raises(
+        ValueError, match="needs a judge's scores of both sides of every pair, shape \\(2, 2\\), got none"
+    ):
+        loss(chosen, rejected, level)

@@ -14,6 +14,7 @@ from dina_reward.lazy import lazy_exports
 if TYPE_CHECKING:
     from dina_reward.alignment.config import AlignmentConfig
     from dina_reward.alignment.experience.null_reward import null_reward
+    from dina_reward.alignment.monitoring.best_policy import BestPolicyCallback
     from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
     from dina_reward.alignment.trainers.backprop import RewardBackpropConfig, RewardBackpropTrainer
     from dina_reward.alignment.trainers.base import AlignmentTrainer

@@ -81,6 +81,16 @@ class AlignmentConfig(TrainingArguments):
         default="tokens", metadata={"help": "How a LatentReward combines several levels: 'tokens' or 'mean'."}
     )
     reward_num_noise_samples: int = field(default=1, metadata={"help": "Noise draws per level of a LatentReward."})
+    reward_kappa: float = field(
+        default=0.0,
+        metadata={
+            "help": "Conservative scoring of a LatentReward: its score minus so many times its spread; 0 for none."
+        },
+    )
+    reward_spread: Literal["draws", "levels", "heads"] | None = field(
+        default=None,
+        metadata={"help": "Spread over noise 'draws', over 'levels' or over 'heads'. Default: what there is."},
+    )
     share_noise_within_group: bool = field(
         default=True, metadata={"help": "Score all members of a group under the same noise, so that it cancels."}
     )
@@ -260,6 +270,9 @@ class AlignmentConfig(TrainingArguments):
         if not levels or not all(is_real(level) and 0 <= level <= 1 for level in levels):
             raise ValueError(f"reward_noise_level must be one or more levels in [0, 1], got {levels!r}")
         check_choice("reward_ensemble", self.reward_ensemble, ("tokens", "mean"))
+        check_real(self, "reward_kappa", 0.0, 1000.0)
+        if self.reward_spread is not None:
+            check_choice("reward_spread", self.reward_spread, ("draws", "levels", "heads"))
         weights = self.reward_weights
         if weights is not None and not (isinstance(weights, list) and all(is_real(weight) for weight in weights)):
             raise ValueError(f"reward_weights must be a list of numbers, one per reward function, got {weights!r}")

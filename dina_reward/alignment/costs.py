@@ -1,4 +1,4 @@
-"""What a run has spent: denoiser, reward and decoder calls and seconds, over all ranks and resumptions, and its budget."""
+"""What a run has spent: denoiser, reward, decoder and judge calls, seconds, over ranks and resumptions, and its budget."""
 
 from __future__ import annotations
 
@@ -29,19 +29,22 @@ class CallCounter:
     counted besides. All others are `rollout`: sampling, and what old policies and references predict.
 
     One *reward call* is one state of one sample scored by all reward functions together, whatever their noise levels and
-    draws. One *decoder call* is one sample decoded to pixels. Held-out evaluation counts nowhere.
+    draws. One *decoder call* is one sample decoded to pixels. One *judge call* is one sample, or one pair, that a judge is
+    asked about to refresh the reward. Held-out evaluation counts nowhere.
 
     Args:
         rollout (`int`): denoiser calls without gradient, on this rank.
         update (`int`): denoiser calls with gradient.
         reward (`int`): reward calls.
         decoder (`int`): decoder calls.
+        judge (`int`): judge calls.
     """
 
     rollout: int = 0
     update: int = 0
     reward: int = 0
     decoder: int = 0
+    judge: int = 0
 
     def __post_init__(self) -> None:
         self._paused = False
@@ -63,6 +66,10 @@ class CallCounter:
         """Adds decoder calls."""
         self._add("decoder", samples)
 
+    def count_judgements(self, samples: int) -> None:
+        """Adds judge calls."""
+        self._add("judge", samples)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Context in which nothing is counted."""
@@ -74,7 +81,7 @@ class CallCounter:
 
     def reset(self) -> None:
         """Begins again at zero."""
-        self.rollout = self.update = self.reward = self.decoder = 0
+        self.rollout = self.update = self.reward = self.decoder = self.judge = 0
 
     def _add(self, name: str, calls: int) -> None:
         if not self._paused:
@@ -106,6 +113,7 @@ class RunCosts:
             "denoiser_calls/update": self.calls.update,
             "reward_calls": self.calls.reward,
             "decoder_calls": self.calls.decoder,
+            "judge_calls": self.calls.judge,
             "train_seconds": self.seconds,
         }
 

@@ -48,6 +48,7 @@ _EDITABLE = {
     "noise_level",
     "score_scale",
     "score_shift",
+    "spread_scale",
     "variance_offset",
     "variance_scale",
 }

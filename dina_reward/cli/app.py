@@ -9,6 +9,7 @@ from dina_reward.cli.bench import bench
 from dina_reward.cli.cache import cache
 from dina_reward.cli.convert import convert
 from dina_reward.cli.demo import demo
+from dina_reward.cli.distill import distill
 from dina_reward.cli.eval import evaluate
 from dina_reward.cli.info import info
 from dina_reward.cli.options import PASS_THROUGH
@@ -38,6 +39,7 @@ app.command(context_settings=PASS_THROUGH)(train)
 app.command(context_settings=PASS_THROUGH)(align)
 app.command()(bench)
 app.command()(serve)
+app.command(context_settings=PASS_THROUGH)(distill)
 app.command()(convert)
 app.add_typer(recipes, name="recipes")
 app.command()(demo)

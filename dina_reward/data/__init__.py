@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dina_reward.data.buckets import Bucket, BucketRule
     from dina_reward.data.cache import CacheReport, build_cache
     from dina_reward.data.cache_manifest import CacheSettings
+    from dina_reward.data.cache_writer import LatentCacheWriter, LatentPair
     from dina_reward.data.cached import CachedPreferences
     from dina_reward.data.latent_rows import LatentRows
     from dina_reward.data.preference import Preference

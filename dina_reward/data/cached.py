@@ -19,6 +19,7 @@ from dina_reward.data.buckets import Bucket
 from dina_reward.data.cache import PAIRS_NAME
 from dina_reward.data.cache_encode import shard_path
 from dina_reward.data.cache_manifest import read_manifest
+from dina_reward.data.records import SCORE_COLUMNS
 
 
 class CachedPreferences(Dataset[dict[str, Any]]):
@@ -31,6 +32,7 @@ class CachedPreferences(Dataset[dict[str, Any]]):
     | ``prompt``, ``source``, ``group`` | text |
     | ``chosen``, ``rejected`` | latents of one shape, ``(channels, height, width)`` |
     | ``p_chosen``, ``weight`` | numbers |
+    | ``score_chosen``, ``score_rejected`` | if stored: what a judge scored the two, NaN where it scored neither |
     | ``bucket`` | size of the images in pixels, ``"WIDTHxHEIGHT"`` |
     | ``prompt_embeds`` | if stored: ``(tokens, channels)``, without padding |
     | ``pooled_prompt_embeds`` | if stored and the model takes them: ``(channels,)`` |
@@ -69,7 +71,8 @@ class CachedPreferences(Dataset[dict[str, Any]]):
         batch = open_arrow(self.directory / PAIRS_NAME)
         self._texts = {name: batch.column(name) for name in ("prompt", "source", "group")}
         names = ("p_chosen", "weight", "bucket", "chosen", "rejected", "prompt_item")
-        self._numbers = {name: numbers(batch, name) for name in names}
+        scores = [name for name in SCORE_COLUMNS if name in batch.schema.names]
+        self._numbers = {name: numbers(batch, name) for name in (*names, *scores)}
         self._latents: dict[tuple[int, int], TensorColumn] = {}
         self._prompts: dict[int, dict[str, RaggedColumn]] = {}
 
@@ -121,6 +124,7 @@ class CachedPreferences(Dataset[dict[str, Any]]):
             result[side] = self._latent(bucket, int(self._numbers[side][row]))
         result["p_chosen"] = float(self._numbers["p_chosen"][row])
         result["weight"] = float(self._numbers["weight"][row])
+        result |= {name: float(self._numbers[name][row]) for name in SCORE_COLUMNS if name in self._numbers}
         result["bucket"] = self._bucket_names[bucket]
         if self.has_prompt_embeds:
             result.update(self._embeds(int(self._numbers["prompt_item"][row])))

@@ -6,6 +6,7 @@
 | ``chosen``, ``rejected`` | clean latents in the family's layout, ``(channels, height, width)`` for unpacked families |
 | ``p_chosen`` | optional: probability that ``chosen`` is preferred, in ``[0, 1]``; default 1, a tie is 0.5 |
 | ``weight`` | optional: factor of the pair's loss; default 1 |
+| ``score_chosen``, ``score_rejected`` | optional: what a judge scored the two, for a loss that regresses on it |
 | ``prompt_embeds`` | optional: the prompt as its family encodes it, ``(length, channels)``; no text encoder runs then |
 | ``pooled_prompt_embeds`` | optional: pooled embeddings, ``(channels,)`` |
 | ``prompt_embeds_mask`` | optional: true for tokens of the prompt, ``(length,)``; without it all of them are |
@@ -27,7 +28,8 @@ from dina_reward.families import Conditioning
 
 REQUIRED_COLUMNS = ("prompt", "chosen", "rejected")
 EMBEDDING_COLUMNS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
-OPTIONAL_COLUMNS = ("p_chosen", "weight", *EMBEDDING_COLUMNS)
+SCORE_COLUMNS = ("score_chosen", "score_rejected")
+OPTIONAL_COLUMNS = ("p_chosen", "weight", *SCORE_COLUMNS, *EMBEDDING_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class PreferencePair:
         p_chosen: probability that ``chosen`` is preferred.
         weight: factor of the pair's loss.
         conditioning (`Conditioning`, *optional*): the encoded prompt, one row.
+        scores: what a judge scored the two sides, where it scored both.
     """
 
     prompt: str
@@ -48,6 +51,7 @@ class PreferencePair:
     p_chosen: float = 1.0
     weight: float = 1.0
     conditioning: Conditioning | None = None
+    scores: tuple[float, float] | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> PreferencePair:
@@ -72,14 +76,15 @@ class PreferencePair:
         weight = _number(record.get("weight"), 1.0, "weight", prompt)
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"weight must be finite and not negative, got {weight} (prompt {prompt!r})")
-        return cls(prompt, chosen, rejected, p_chosen, weight, _conditioning(record, prompt))
+        return cls(prompt, chosen, rejected, p_chosen, weight, _conditioning(record, prompt), _scores(record, prompt))
 
 
 class PreferenceBatch(TypedDict):
     """Batch of ``pairs`` preferences.
 
     ``chosen`` and ``rejected`` have shape ``(pairs, ...)``, ``p_chosen`` and ``weight`` shape ``(pairs,)``, float32.
-    ``conditioning`` has one row per pair, or is ``None`` where the prompts still have to be encoded.
+    ``conditioning`` has one row per pair, or is ``None`` where the prompts still have to be encoded. ``scores`` has shape
+    ``(pairs, 2)``, chosen and rejected, float32, or is ``None`` where some pair has none.
     """
 
     chosen: Tensor
@@ -88,6 +93,7 @@ class PreferenceBatch(TypedDict):
     weight: Tensor
     prompts: list[str]
     conditioning: Conditioning | None
+    scores: Tensor | None
 
 
 def collate_preferences(records: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
@@ -103,6 +109,7 @@ def collate_preferences(records: Sequence[Mapping[str, Any]]) -> PreferenceBatch
             f"one batch mixes latents of the shapes {sorted(shapes)}; group the dataset by resolution, "
             "or use a batch size of 1 per device with gradient accumulation"
         )
+    scores = [pair.scores for pair in pairs if pair.scores is not None]
     return {
         "chosen": torch.stack([pair.chosen for pair in pairs]),
         "rejected": torch.stack([pair.rejected for pair in pairs]),
@@ -110,6 +117,7 @@ def collate_preferences(records: Sequence[Mapping[str, Any]]) -> PreferenceBatch
         "weight": torch.tensor([pair.weight for pair in pairs]),
         "prompts": [pair.prompt for pair in pairs],
         "conditioning": _collate_conditionings([pair.conditioning for pair in pairs]),
+        "scores": torch.tensor(scores) if len(scores) == len(pairs) else None,
     }
 
 
@@ -168,6 +176,19 @@ def _conditioning(record: Mapping[str, Any], prompt: str) -> Conditioning | None
         _embedding(tensors["pooled_prompt_embeds"], prompt) if "pooled_prompt_embeds" in tensors else None,
         None if mask is None else mask.bool(),
     )
+
+
+def _scores(record: Mapping[str, Any], prompt: str) -> tuple[float, float] | None:
+    if any(record.get(name) is None for name in SCORE_COLUMNS):
+        return None
+    chosen, rejected = (_number(record[name], 0.0, name, prompt) for name in SCORE_COLUMNS)
+    if math.isnan(chosen) or math.isnan(rejected):  # not every pair of a dataset need be scored
+        return None
+    if not (math.isfinite(chosen) and math.isfinite(rejected)):
+        raise ValueError(
+            f"score_chosen and score_rejected must be finite, got {chosen}, {rejected} (prompt {prompt!r})"
+        )
+    return chosen, rejected
 
 
 def _embedding(tensor: Tensor, prompt: str) -> Tensor:

@@ -27,6 +27,7 @@ from dina_reward.evaluation.report import EvaluationReport, evaluate_preferences
 from dina_reward.evaluation.scored_pairs import ScoredPairs, score_dataset
 from dina_reward.evaluation.scorers import CallableScorer, LatentScorer, Scorer
 from dina_reward.evaluation.settings import Setting, evaluation_settings
+from dina_reward.evaluation.spread import SpreadFit, calibrate_spread, fit_spread
 from dina_reward.evaluation.tables import comparison_table
 from dina_reward.evaluation.ties import tune_tie_threshold
 from dina_reward.evaluation.variance import calibrate_variance, fit_variance
@@ -58,17 +59,20 @@ __all__ = [
     "ScorerReport",
     "Setting",
     "SettingReport",
+    "SpreadFit",
     "TieConvention",
     "accuracy_by_noise",
     "advise",
     "benchmark_rows",
     "benchmark_table",
+    "calibrate_spread",
     "calibrate_variance",
     "comparison_table",
     "ensemble_advice",
     "evaluate_preferences",
     "evaluate_scorers",
     "evaluation_settings",
+    "fit_spread",
     "fit_variance",
     "margin_variances",
     "measure_calibration",

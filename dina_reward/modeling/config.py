@@ -48,6 +48,7 @@ class LatentRewardConfig:
         likelihood: from scores to preferences: ``"thurstone"``, or ``"bradley_terry"``, which ignores the noise level.
         variance_scale, variance_offset: ``k`` and ``c`` of the Thurstone variance ``k sigma^2 + c``.
         noise_level: level, or levels of an ensemble, used when a call names none.
+        spread_scale: standard error of a score over its spread, for conservative scoring; see `calibrate_spread`.
         score_shift, score_scale: normalised score = ``(raw + score_shift) / score_scale``.
         max_sequence_length: token limit that prompts were encoded with; ``None`` takes the pipeline's default.
     """
@@ -67,6 +68,7 @@ class LatentRewardConfig:
     score_shift: float = 10.0
     score_scale: float = 10.0
     max_sequence_length: int | None = None
+    spread_scale: float = 1.0
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
@@ -93,6 +95,8 @@ class LatentRewardConfig:
         if self.head.use_text_features and not self.text_taps:
             raise ValueError("text_taps is empty but head.use_text_features is true")
         check_fields(self, num_layers=(1, 10_000), noise_level=(0, 1), max_sequence_length=(1, _LONGEST_PROMPT))
+        if self.spread_scale < 0:
+            raise ValueError(f"spread_scale must not be negative, got {self.spread_scale}")
         if self.variance_scale < 0 or self.variance_offset <= 0 or self.score_scale <= 0:
             raise ValueError(
                 "variance_scale must be >= 0, variance_offset and score_scale > 0, got "

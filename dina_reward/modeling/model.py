@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dina_reward.families import Backbone, Conditioning, ModelFamily, TapFeatures
 from dina_reward.modeling.config import LatentRewardConfig
 from dina_reward.modeling.heads import build_head
+from dina_reward.modeling.heads.ensemble import EnsembleHead
 from dina_reward.modeling.lora import add_lora
 
 
@@ -93,6 +94,12 @@ class LatentRewardModel(nn.Module):
             None if prompt_index is None else prompt_index.to(device),
         )
 
+    def head_scores(self, features: TapFeatures, num_levels: int = 1) -> Tensor:
+        """Scores of every member of the head, shape ``(members, rows / num_levels)``, float32; most heads have one."""
+        if isinstance(self.head, EnsembleHead):
+            return self.head.member_scores(features, num_levels)
+        return self.head(features, num_levels)[None]
+
     def forward(
         self,
         noisy_latents: Tensor,
@@ -100,6 +107,7 @@ class LatentRewardModel(nn.Module):
         conditioning: Conditioning,
         prompt_index: Tensor | None = None,
         num_levels: int = 1,
+        members: bool = False,
     ) -> Tensor:
         """Scores noisy latents.
 
@@ -109,8 +117,10 @@ class LatentRewardModel(nn.Module):
             conditioning (`Conditioning`): encoded unique prompts.
             prompt_index (`Tensor`, *optional*): prompt of every row, shape ``(rows,)``; default row ``i``, prompt ``i``.
             num_levels (`int`): levels of a token ensemble.
+            members (`bool`): return the scores of each member of the head.
 
         Returns:
-            `Tensor`: raw scores, shape ``(batch,)``, float32.
+            `Tensor`: raw scores, shape ``(batch,)``, float32; with ``members``, ``(members, batch)``.
         """
-        return self.head(self.features(noisy_latents, timestep, conditioning, prompt_index), num_levels)
+        features = self.features(noisy_latents, timestep, conditioning, prompt_index)
+        return self.head_scores(features, num_levels) if members else self.head(features, num_levels)

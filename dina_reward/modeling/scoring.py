@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dina_reward.families import Conditioning
 from dina_reward.modeling.model import LatentRewardModel
+from dina_reward.modeling.spread import ScoreParts
 from dina_reward.noise import NoisePoint, NoiseProcess
 
 
@@ -29,6 +30,8 @@ class RewardOutput:
             ``None`` with a single draw.
         noise_levels (`Tensor`): levels after snapping to the grid, shape ``(levels,)``.
         timesteps (`Tensor`): their timesteps, shape ``(levels,)``.
+        spread (`Tensor`, *optional*): with conservative scoring, the standard error that ``kappa`` of was taken off, shape
+            ``(batch,)``.
     """
 
     scores: Tensor
@@ -36,6 +39,7 @@ class RewardOutput:
     noise_std: Tensor | None
     noise_levels: Tensor
     timesteps: Tensor
+    spread: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,8 @@ def score_batch(
     *,
     ensemble: Ensemble = "tokens",
     batch_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Scores ``batch_size`` latents per backbone pass, each with all its levels and draws.
-
-    Returns:
-        Scores ``(draws, batch)``, and the scores at each level alone, ``(levels, draws, batch)``.
+) -> ScoreParts:
+    """Scores ``batch_size`` latents per backbone pass, each with all its levels, draws and members of the head.
 
     Raises:
         ValueError: unknown ensemble, or a batch size below one.
@@ -89,13 +90,11 @@ def score_batch(
         _score_rows(model, process, batch.rows(slice(start, start + step)), ensemble)
         for start in range(0, count, step)
     ]
-    scores, levels = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-    return scores, levels
+    names = ("draws", "levels", "members")
+    return ScoreParts(**{name: torch.cat([getattr(part, name) for part in parts], dim=-1) for name in names})
 
 
-def _score_rows(
-    model: LatentRewardModel, process: NoiseProcess, batch: NoisyBatch, ensemble: Ensemble
-) -> tuple[Tensor, Tensor]:
+def _score_rows(model: LatentRewardModel, process: NoiseProcess, batch: NoisyBatch, ensemble: Ensemble) -> ScoreParts:
     levels, (samples, count) = len(batch.points.level), batch.draws.shape[1:3]
     singles = (1,) * (batch.latents.ndim - 1)
     clean = batch.latents.float().repeat(levels * samples, *singles)
@@ -107,7 +106,10 @@ def _score_rows(
         batch.conditioning,
         batch.prompt_index.repeat(levels * samples),
     )
-    each = model.head(features).view(levels, samples, count)
+    # A pass over the members gives their mean, too.
+    each = model.head_scores(features).view(-1, levels, samples, count)
     if levels > 1 and ensemble == "tokens":
-        return model.head(features, num_levels=levels).view(samples, count), each
-    return each.mean(dim=0), each
+        members = model.head_scores(features, levels).view(-1, samples, count)
+    else:
+        members = each.mean(dim=1)
+    return ScoreParts(members.mean(dim=0), each.mean(dim=0), members)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dina_reward.checks.values import check_choice, check_int
 from dina_reward.quiet import dtype_option
+from dina_reward.recipes.refreshing import RefreshArguments, living_callbacks
 from dina_reward.shipped import WORLDS
 
 
@@ -39,7 +40,7 @@ ALGORITHMS = {
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(RefreshArguments):
     """What to align with which reward on which prompts."""
 
     model_name_or_path: str = field(
@@ -74,6 +75,7 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         check_choice("torch_dtype", self.torch_dtype, DTYPES)
         check_int(self, "max_eval_prompts", 1)
+        super().__post_init__()
 
 
 def align(
@@ -94,6 +96,7 @@ def align(
         train_dataset=load_prompts(arguments, config.seed),
         eval_dataset=load_eval_prompts(arguments),
         eval_reward_funcs=load_eval_reward_funcs(arguments),
+        callbacks=living_callbacks(arguments, reward),
     )
     trainer.train(resume_from_checkpoint=resume_point(config.resume_from_checkpoint))
     trainer.save_model()
@@ -150,11 +153,25 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
     """
     from dina_reward import LatentReward, RemoteReward
     from dina_reward.serving.remote import remote_urls
-    from dina_reward.shapes import load_pipeline
 
-    dtype, name = torch_dtype(arguments.torch_dtype), arguments.model_name_or_path
+    pipeline = load_generator(arguments.model_name_or_path, arguments.torch_dtype, device)
+    path = arguments.reward_model_path
+    if urls := list(remote_urls(path)):
+        return pipeline, RemoteReward(urls)
+    return pipeline, LatentReward.from_pretrained(path, pipeline=pipeline, share_backbone=arguments.share_backbone)
+
+
+def load_generator(name: str, dtype_name: str, device: torch.device | str) -> Any:
+    """A whole pipeline on a device, without progress bars.
+
+    Raises:
+        ValueError: unknown dtype, or a generator of no supported family (found before its weights are fetched).
+    """
+    dtype = torch_dtype(dtype_name)
     pipeline: Any
     if name in WORLDS:
+        from dina_reward.shapes import load_pipeline
+
         pipeline = load_pipeline(WORLDS[name], **dtype_option(dtype))
     else:
         from dina_reward.backbones.pipelines import load_pipeline as open_pipeline
@@ -162,12 +179,7 @@ def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple
         pipeline = open_pipeline(name, dtype=dtype, **_loading_options(name))
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    if urls := list(remote_urls(arguments.reward_model_path)):
-        return pipeline, RemoteReward(urls)
-    reward = LatentReward.from_pretrained(
-        arguments.reward_model_path, pipeline=pipeline, share_backbone=arguments.share_backbone
-    )
-    return pipeline, reward
+    return pipeline
 
 
 def load_reward_funcs(arguments: RecipeArguments, latent_reward: Any) -> list[Any]:
@@ -181,7 +193,7 @@ def load_prompts(arguments: RecipeArguments, seed: int) -> Any:
         from dina_reward.shapes.alignment import training_prompts
 
         return training_prompts(seed)
-    return _prompts_of(arguments.dataset_name, arguments.dataset_train_split)
+    return prompts_of(arguments.dataset_name, arguments.dataset_train_split)
 
 
 def load_eval_prompts(arguments: RecipeArguments) -> list[Any] | None:
@@ -193,7 +205,7 @@ def load_eval_prompts(arguments: RecipeArguments) -> list[Any] | None:
 
         prompts: Any = held_out_prompts()
     else:
-        prompts = _prompts_of(arguments.dataset_name, arguments.dataset_test_split)
+        prompts = prompts_of(arguments.dataset_name, arguments.dataset_test_split)
     return [prompts[index] for index in range(min(arguments.max_eval_prompts, len(prompts)))]
 
 
@@ -247,8 +259,13 @@ def _loading_options(name: str) -> dict[str, Any]:
     return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
 
 
-def _prompts_of(name: str, split: str) -> Sequence[Any]:
-    path = Path(name, f"{split}.txt")
+def prompts_of(name: str, split: str) -> Sequence[Any]:
+    """Prompts by name: a text file, a folder of SPLIT.txt, a dataset with a prompt column, or a world of shapes."""
+    if name in WORLDS:
+        from dina_reward.shapes.alignment import held_out_prompts, training_prompts
+
+        return training_prompts(0) if split == "train" else held_out_prompts()
+    path = Path(name) if name.endswith(".txt") else Path(name, f"{split}.txt")
     if path.is_file():
         from dina_reward.data.files import read_lines
 

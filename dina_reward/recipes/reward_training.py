@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ _PAIRS_PER_POOLED_LATENT = 15
 
 
 @dataclass
-class TrainRewardArguments:
-    """What to train on what.
+class RewardArguments:
+    """What kind of reward to train on which generator.
 
     Raises:
         ValueError: the settings of head and likelihood do not fit together.
@@ -45,22 +45,7 @@ class TrainRewardArguments:
     model_name_or_path: str = field(
         metadata={"help": "Diffusers pipeline (hub id or path) whose denoiser becomes the backbone, or 'shapes'."}
     )
-    dataset_name: str = field(
-        metadata={"help": "Preferences: see dina_reward.data.load_preferences; 'shapes' makes them on the spot."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default="test", metadata={"help": "Split to evaluate on; null for none."})
-    max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs."})
-    max_eval_pairs: int | None = field(default=None, metadata={"help": "Evaluate on the first so many pairs."})
-    min_confidence: float | None = field(
-        default=None,
-        metadata={
-            "help": "Of published latents: leave out pairs whose annotators were less sure. A cache has it already."
-        },
-    )
-    max_pairs_per_prompt: int | None = field(
-        default=None, metadata={"help": "Of published latents: leave out pairs where a prompt has more; published: 8."}
-    )
+    _: KW_ONLY
     torch_dtype: str = field(default="float32", metadata={"help": "Dtype of the frozen backbone: float32, bfloat16."})
     num_layers: int | None = field(
         default=None, metadata={"help": "Blocks of the backbone that run; null: the default for the model."}
@@ -80,6 +65,9 @@ class TrainRewardArguments:
         default=None, metadata={"help": "Width of the head; null: the default for the model."}
     )
     head_layers: int = field(default=2, metadata={"help": "Hidden layers of a 'pooled' or 'conv' head."})
+    head_members: int = field(
+        default=1, metadata={"help": "Heads on one backbone pass; their spread says how unsure the reward is."}
+    )
     use_text_features: bool | None = field(
         default=None, metadata={"help": "Whether the head reads text tokens; null: only 'query' does."}
     )
@@ -105,14 +93,40 @@ class TrainRewardArguments:
 
     def __post_init__(self) -> None:
         check_choice("torch_dtype", self.torch_dtype, DTYPES)
-        check_fields(self, lora_r=(1, 65_536), lora_alpha=(1, 1e6), max_train_pairs=(1, math.inf), noise_level=(0, 1))
+        check_fields(self, lora_r=(1, 65_536), lora_alpha=(1, 1e6), noise_level=(0, 1))
         head_config(self, self.head_width)
         preference_model(self.likelihood, self.variance_scale, self.variance_offset)  # type: ignore[arg-type]
         if not self.noise_level:
             raise ValueError("noise_level is empty; name at least one level, e.g. [0.4]")
 
 
-def head_config(arguments: TrainRewardArguments, width: int | None) -> RewardHeadConfig:
+@dataclass
+class TrainRewardArguments(RewardArguments):
+    """What to train on what."""
+
+    dataset_name: str = field(
+        metadata={"help": "Preferences: see dina_reward.data.load_preferences; 'shapes' makes them on the spot."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(default="test", metadata={"help": "Split to evaluate on; null for none."})
+    max_train_pairs: int | None = field(default=None, metadata={"help": "Train on the first so many pairs."})
+    max_eval_pairs: int | None = field(default=None, metadata={"help": "Evaluate on the first so many pairs."})
+    min_confidence: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of published latents: leave out pairs whose annotators were less sure. A cache has it already."
+        },
+    )
+    max_pairs_per_prompt: int | None = field(
+        default=None, metadata={"help": "Of published latents: leave out pairs where a prompt has more; published: 8."}
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self, max_train_pairs=(1, math.inf))
+        super().__post_init__()
+
+
+def head_config(arguments: RewardArguments, width: int | None) -> RewardHeadConfig:
     """Shape of the head that the arguments ask for, with this width."""
     return RewardHeadConfig(
         kind=arguments.head_kind,  # type: ignore[arg-type]
@@ -120,6 +134,7 @@ def head_config(arguments: TrainRewardArguments, width: int | None) -> RewardHea
         use_text_features=arguments.use_text_features,
         use_time_embedding=arguments.use_time_embedding,
         num_hidden_layers=arguments.head_layers,
+        num_members=arguments.head_members,
     )
 
 
@@ -189,7 +204,7 @@ def load_inputs(arguments: TrainRewardArguments, seed: int) -> tuple[Any, Any, A
     return load_pipeline(arguments, text_encoders=not encoded), pairs, held_out
 
 
-def reward_config(arguments: TrainRewardArguments, pipeline: Any) -> LatentRewardConfig:
+def reward_config(arguments: RewardArguments, pipeline: Any) -> LatentRewardConfig:
     """Configuration of the reward; what the arguments leave open is the default for the pipeline's model.
 
     Raises:
@@ -217,7 +232,7 @@ def reward_config(arguments: TrainRewardArguments, pipeline: Any) -> LatentRewar
 
 
 def new_reward(
-    arguments: TrainRewardArguments, pipeline: Any, seed: int, device: torch.device | str | None = None
+    arguments: RewardArguments, pipeline: Any, seed: int, device: torch.device | str | None = None
 ) -> LatentReward:
     """An untrained reward on the first blocks of the pipeline's denoiser."""
     config = reward_config(arguments, pipeline)

@@ -38,8 +38,9 @@ class LatentRewardTrainingConfig(TrainingArguments):
     loss_type: str = field(
         default="thurstone_fidelity",
         metadata={
-            "help": "Preference loss: 'thurstone_fidelity' (published), 'thurstone_nll' or 'bradley_terry'; it has to fit "
-            "the reward's likelihood. The Thurstone variance is the reward's own, k sigma^2 + c; a fixed variance is k = 0."
+            "help": "Preference loss: 'thurstone_fidelity' (published), 'thurstone_nll' or 'bradley_terry', or 'gaussian', "
+            "which regresses on a judge's scores; it has to fit the reward's likelihood. "
+            "The Thurstone variance is the reward's own, k sigma^2 + c; a fixed variance is k = 0."
         },
     )
     margin: float = field(default=0.0, metadata={"help": "Margin of the loss 'bradley_terry'."})

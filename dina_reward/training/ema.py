@@ -99,6 +99,10 @@ class EMACallback(CheckpointedCallback):
         """Keeps the averages for evaluation and saving; the next training starts its own."""
         self._restored = False
 
+    def restart(self) -> None:
+        """Begins again at the current parameters, e.g. after others were loaded."""
+        self._ema = self._new_average()
+
     @contextlib.contextmanager
     def average_parameters(self) -> Iterator[None]:
         """Puts the averages into the model, and the trained parameters back on leaving. May be nested.

@@ -150,3 +150,13 @@ class ExactTimesteps:
 
 def _exact(before: Any, after: Any) -> Any:
     return before if isinstance(before, Tensor) and before.ndim <= 1 else after
+
+
+def keep_frozen_from_ddp(module: nn.Module) -> None:
+    """Keeps DDP from writing the first rank's frozen tensors over those of the others, which hold the same already.
+
+    A reward that shares them with a generator would take the writing for a change.
+    """
+    named = [*module.named_parameters(), *module.named_buffers()]
+    # What `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model` sets.
+    module._ddp_params_and_buffers_to_ignore = [name for name, tensor in named if not tensor.requires_grad]  # type: ignore[assignment]

@@ -21,6 +21,7 @@ from dina_reward.data.sampler import bucketed_loader
 from dina_reward.evaluation import PairProtocol, score_batch
 from dina_reward.likelihood import PreferenceLoss, ThurstoneModel
 from dina_reward.modeling.config import lora_facts
+from dina_reward.modeling.heads.ensemble import member_weights
 from dina_reward.modeling.inputs import NonFiniteError
 from dina_reward.reward import LatentReward
 from dina_reward.training.batching import SequentialBucketSampler, gather_rows, has_buckets, make_batch_sampler
@@ -32,7 +33,13 @@ from dina_reward.training.metrics import PairMetrics, evaluation_metrics
 from dina_reward.training.pair_noise import PairNoiser
 from dina_reward.training.reward_files import load_reward, save_reward
 from dina_reward.training.run_settings import dataset_digest, settings_of, tensor_digest
-from dina_reward.training.sharding import ExactTimesteps, compute_by_autocast, keep_scores_exact, reshard
+from dina_reward.training.sharding import (
+    ExactTimesteps,
+    compute_by_autocast,
+    keep_frozen_from_ddp,
+    keep_scores_exact,
+    reshard,
+)
 from dina_reward.training.trained_module import TrainedModule
 
 
@@ -99,6 +106,8 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         self._facts = _facts_of(reward, train_rows)
         # FSDP2 shards it in place, so that it stays the trained module whatever it is wrapped in.
         self._trained_module = TrainedModule(reward.model)
+        if reward.shares_backbone:
+            keep_frozen_from_ddp(self._trained_module)
         if args.deepspeed_plugin is not None and args.bf16:
             compute_by_autocast(args.deepspeed_plugin.deepspeed_config)
         super().__init__(
@@ -186,7 +195,9 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         noised = self.noiser(chosen, rejected, step=self.state.global_step, first_position=self._first_position())
         with self._given_prompts(inputs):
             conditioning, prompt_index = self.reward.encode_prompts(inputs["prompts"])
-        scores = model(noised.latents, noised.point.timestep.repeat(2), conditioning, prompt_index.repeat(2))
+        given = (noised.latents, noised.point.timestep.repeat(2), conditioning, prompt_index.repeat(2))
+        # Every member of the head learns on its own; most heads have one.
+        scores = model(*given, 1, True) if self.reward.config.head.num_members > 1 else model(*given)[None]
         if not bool(torch.isfinite(scores).all()):
             raise NonFiniteError(
                 f"the reward's scores became NaN or infinite at step {self.state.global_step}; lower learning_rate or "
@@ -194,11 +205,24 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
             )
         if scores.requires_grad:
             scores.register_hook(_without_traces)
-        score_chosen, score_rejected = scores.chunk(2)
-        losses = self.preference_loss.per_pair(score_chosen, score_rejected, noised.point.level, inputs["p_chosen"])
+        losses = self._member_losses(scores, noised.point.level, inputs)
+        score_chosen, score_rejected = scores.mean(dim=0).chunk(2)
         self._pair_metrics.update(score_chosen - score_rejected, losses, noised.point.level, inputs["p_chosen"])
         loss = (losses * inputs["weight"].to(losses)).mean()
         return (loss, {"chosen": score_chosen, "rejected": score_rejected}) if return_outputs else loss
+
+    def _member_losses(self, scores: Tensor, level: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Loss of every pair, shape ``(pairs,)``, averaged over the members of the head."""
+        each = []
+        for member in scores:
+            chosen, rejected = member.chunk(2)
+            each.append(
+                self.preference_loss.per_pair(chosen, rejected, level, inputs["p_chosen"], inputs.get("scores"))
+            )
+        losses = torch.stack(each)
+        if len(losses) > 1:
+            losses = losses * member_weights(inputs["chosen"], len(losses)).to(losses)
+        return losses.mean(dim=0)
 
     def _spatial(self, latents: Tensor) -> Tensor:
         family, config = self.reward.family, self.reward.config.backbone_config
@@ -246,7 +270,9 @@ class LatentRewardTrainer(AtomicCheckpointMixin, Trainer):
         module.train(was_training)
         width = len(self.eval_protocol.settings)
         chosen, rejected, p_chosen = table[:, :width], table[:, width : 2 * width], table[:, -1]
-        values = evaluation_metrics(chosen, rejected, p_chosen, self.eval_protocol, self.preference_loss)
+        values = evaluation_metrics(
+            chosen, rejected, p_chosen, self.eval_protocol, self.preference_loss.of_preferences()
+        )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(
             predictions=(chosen - rejected).numpy(), label_ids=None, metrics=metrics, num_samples=len(table)
@@ -346,7 +372,9 @@ def _loss_of(reward: LatentReward, args: LatentRewardTrainingConfig) -> Preferen
     loss = PreferenceLoss(args.loss_type, thurstone, margin=args.margin)  # type: ignore[arg-type]
     if loss.likelihood != config.likelihood:
         fitting = (
-            "'bradley_terry'" if config.likelihood == "bradley_terry" else "'thurstone_fidelity', 'thurstone_nll'"
+            "'bradley_terry'"
+            if config.likelihood == "bradley_terry"
+            else "'thurstone_fidelity', 'thurstone_nll', 'gaussian'"
         )
         raise ValueError(
             f"loss_type {args.loss_type!r} fits the likelihood {loss.likelihood!r}, but the reward's is "

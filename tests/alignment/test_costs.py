@@ -45,6 +45,7 @@ def test_denoiser_calls_by_hand(
         "denoiser_calls/update": update,
         "reward_calls": 12,
         "decoder_calls": 0,
+        "judge_calls": 0,
     }
     # The last line is the summary of the run.
     for line in trainer.state.log_history[-2:]:
@@ -100,7 +101,7 @@ def test_counts_go_on_when_a_run_is_resumed(tmp_path: Path) -> None:
     straight.train()
     checkpoint = tmp_path / "straight" / "checkpoint-2"
     stored = json.loads((checkpoint / "costs.json").read_text())
-    assert stored["calls"] == {"rollout": 60, "update": 24, "reward": 12, "decoder": 0}
+    assert stored["calls"] == {"rollout": 60, "update": 24, "reward": 12, "decoder": 0, "judge": 0}
     resumed = tiny_trainer(tmp_path / "resumed", **settings)
     for _ in range(2):  # what this process has counted before does not count
         resumed.train(resume_from_checkpoint=str(checkpoint))

@@ -20,6 +20,7 @@ from dina_reward.cli.app import app
 from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments
 from dina_reward.recipes.arguments import ConfigParser
 from dina_reward.recipes.configs import Launch, RecipeConfig, find_config, parse_config
+from dina_reward.recipes.distillation import DistillArguments, DistillTrainingConfig
 from dina_reward.recipes.reward_training import TrainRewardArguments
 from dina_reward.training import LatentRewardTrainingConfig
 from tests.docs.pages import PAGES, ROOT, SOURCES, commands, docstring_commands
@@ -93,6 +94,9 @@ def check_dina_reward(words: list[str]) -> None:
     """Parses a command line of ours down to its last command, whose body is left out."""
     if words[:1] == ["train"]:
         ConfigParser((TrainRewardArguments, LatentRewardTrainingConfig)).parse_args_and_config(words[1:])
+    if words[:1] == ["distill"] and words[1:] != ["PIPELINE"]:
+        given = words[1:] if words[1].startswith("--") else ["--model_name_or_path", *words[1:]]
+        ConfigParser((DistillArguments, DistillTrainingConfig)).parse_args_and_config(given)
     if words[:1] == ["align"]:
         name = ALGORITHMS[words[1]][0]
         config_class = getattr(search if name in search.__all__ else alignment, name)

@@ -20,13 +20,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from dina_reward import alignment, data, evaluation, families, recipes, training
+from dina_reward import alignment, data, distill, evaluation, families, recipes, training
 from dina_reward.alignment.policy import Policy
 from dina_reward.families import TapFeatures, registry
 from dina_reward.families.sd3 import SD3Family
 from dina_reward.modeling import default_reward_config
 from dina_reward.shapes import build_pool, load_pipeline, load_reward, sample_pairs
 from tests.data.preference_files import npy, write_json, write_parquet
+from tests.distill.helpers import Brightness, NoiseSource
 from tests.docs.pages import ROOT, SOURCES, docstring_examples
 from tests.docs.world import shorten_training
 from tests.evaluation.tiny_clip import save_tiny_clip
@@ -75,7 +76,7 @@ class Names(dict[str, Any]):
 
     def __init__(self, module: Any) -> None:
         super().__init__()
-        for package in (data, evaluation, recipes, families, alignment, training):
+        for package in (data, evaluation, recipes, families, alignment, training, distill):
             self.update({name: getattr(package, name) for name in package.__all__})
         self.update(vars(module))
         self.update(torch=torch, DataLoader=DataLoader, Trainer=Trainer, prompts=["a cat", "a dog"])
@@ -169,6 +170,12 @@ def of_one_example(name: str, code: str) -> dict[str, Any]:
         pipeline = load_pipeline()
         pairs = sample_pairs(build_pool(pipeline, "held_out", count=24, seed=0), "held_out", count=48, seed=0)
         return {"reward": load_reward(pipeline=pipeline), "load_preferences": lambda path: pairs}
+    if name == "JudgeLabeller":
+        return {"my_judge": Brightness(), "PipelineSource": lambda *args, **options: NoiseSource()}
+    if name == "RewardRefresh":
+        groups = {"num_generations": 2, "per_device_train_batch_size": 2, "steps_per_generation": 1}
+        args = alignment.DiffusionNFTConfig("out", **TINY_RUN, **groups)
+        return {"judge": Brightness(), "audit_prompts": ["a bird"], "args": args}
     if name == "register_family":
         return {"SD3Family": SD3Family}
     return {"features": tiny_features(code)} if "features" in code else {}

@@ -32,6 +32,7 @@ def test_every_example_is_short_and_tested_here() -> None:
         "06_backprop_the_reward.py",
         "07_from_images_to_an_evaluation.py",
         "08_better_samples_without_training.py",
+        "09_distill_a_judge_and_refresh.py",
     ]
     for name in names:
         assert len((EXAMPLES / name).read_text().splitlines()) < (102 if name.startswith("04") else 65)
@@ -126,3 +127,11 @@ def test_readme_commands_name_existing_files(name: str) -> None:
     text = (EXAMPLES.parent / name).read_text()
     for path in re.findall(r"(?:recipes|examples|docs|tests)/[\w/.]+\.(?:py|yaml|png)", text):
         assert (EXAMPLES.parent / path).is_file(), path
+
+
+@pytest.mark.slow
+def test_distill_a_judge_and_refresh(tmp_path: Path) -> None:
+    output = run_example("09_distill_a_judge_and_refresh.py", tmp_path, "4", "6")
+    assert re.search(r"\d+ judgements of \d+ of \d+ samples made \d+ pairs", output)
+    assert re.search(r"\d+ judgements in 1 refreshes", output)
+    assert (tmp_path / "outputs" / "distilled" / "alignment" / "refresh" / "round-000" / "record.json").is_file()

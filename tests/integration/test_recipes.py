@@ -21,7 +21,9 @@ from dina_reward.shapes.alignment import alignment_config, nft_config
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = configs_of(RECIPES)
 EMBEDDED = [
-    config for config in CONFIGS if config.model in ("shapes", "shapes-ddpm") and "train_reward" not in config.name
+    config
+    for config in CONFIGS
+    if config.model in ("shapes", "shapes-ddpm") and not config.name.startswith(("train_reward", "distill"))
 ]
 WRITING = {"output_dir", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "eval_num_images"}
 

@@ -39,7 +39,7 @@ logger = logging.get_logger(__name__)
 Decoder = Callable[[Tensor], Tensor]
 """``latents -> images``, shape ``(batch, 3, height, width)``, of videos ``(batch, frames, 3, height, width)``, in [0, 1]."""
 
-_SCORE_OPTIONS = ("noise_level", "ensemble", "num_noise_samples", "seed")
+_SCORE_OPTIONS = ("noise_level", "ensemble", "num_noise_samples", "kappa", "spread", "seed")
 _SAMPLES = ("latents", "images", "prompts", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
 
 
@@ -133,7 +133,8 @@ class RewardSet:
 
     Every function is called by keyword with those of these arguments that its signature names: ``latents``, ``prompts``,
     ``images``, ``prompt_embeds``, ``pooled_prompt_embeds``, ``prompt_embeds_mask`` (None where the family has none),
-    ``seed`` (one integer per row), ``noise_level``, ``ensemble``, ``num_noise_samples``, and the columns of the prompt
+    ``seed`` (one integer per row), ``noise_level``, ``ensemble``, ``num_noise_samples``, with conservative scoring ``kappa``
+    and ``spread``, and the columns of the prompt
     dataset. A `LatentReward` fits as it is. Latents are in the spatial layout of the family, and decoded, once per batch,
     only if a function names ``images``.
 

@@ -141,6 +141,7 @@ class HeldOutEvaluator:
         self.on_picture = on_picture
         self.latent_shape = tuple(latent_shape)
         self.failures: dict[str, int] = {}
+        self.reward_version = 0
 
     def evaluate(
         self, dataset: PromptDataset, step: int, costs: Mapping[str, float] | None = None
@@ -294,6 +295,8 @@ class HeldOutEvaluator:
 
     def _protocol(self, prompts: Sequence[str]) -> str:
         settings = [list(prompts), self.seed, list(self.latent_shape), len(self.sampler), self.guidance_scale]
+        if self.reward_version:  # a reward that has changed scores on another scale
+            settings.append(self.reward_version)
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 

@@ -19,6 +19,7 @@ from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.costs import CostCallback
 from dina_reward.alignment.experience.maker import Experience, ExperienceMaker, RolloutPlan, checked_reward_weights
 from dina_reward.alignment.experience.rewards import RewardSet, check_columns, is_latent_reward
+from dina_reward.alignment.monitoring.attached import AttachedCallback
 from dina_reward.alignment.monitoring.evaluation import EvalRewardFunction, HeldOutEvaluator
 from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
 from dina_reward.alignment.monitoring.log_cells import alignment_cells
@@ -37,6 +38,7 @@ from dina_reward.training.config import check_mixed_precision
 from dina_reward.training.ema import EMACallback
 from dina_reward.training.log_table import print_tables
 from dina_reward.training.run_settings import settings_of, tensor_digest, text_digest
+from dina_reward.training.sharding import keep_frozen_from_ddp
 
 
 EMA_DIRECTORY = "ema"
@@ -57,7 +59,8 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         train_dataset: prompts: a list of strings, or rows with a ``"prompt"`` and further columns.
         eval_dataset: held-out prompts; evaluated when `eval_strategy` says so.
         eval_reward_funcs: held-out judges of evaluation samples, which training never sees; they may ask for images.
-        callbacks: as in `transformers.Trainer`; a `RewardHackingCallback` among them replaces the default alarm.
+        callbacks: as in `transformers.Trainer`; a `RewardHackingCallback` among them replaces the default alarm, and an
+            `AttachedCallback` gets the trainer.
         optimizers: as in `transformers.Trainer`.
 
     Raises:
@@ -88,6 +91,8 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         check_mixed_precision(denoiser.dtype, args)
         pipeline.to(args.device)
         self.policy = self._new_policy(pipeline, args)
+        if not args.train_full_model:
+            keep_frozen_from_ddp(self.policy.denoiser)
         self._facts = _facts_of(self.policy, train_dataset, functions)
         self.ema = None
         if args.ema_decay is not None:
@@ -120,6 +125,9 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         self._generation = -1
         self._experience: dict[int, Experience] = {}
         self._metrics: dict[str, list[float]] = defaultdict(list)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AttachedCallback):
+                callback.attach(self)
 
     @property
     def sampler(self) -> Sampler:
@@ -133,6 +141,14 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
     def can_save_at(self, step: int) -> bool:
         """Only where a generation begins: the samples of one that has begun are not stored."""
         return step * self.args.gradient_accumulation_steps % self.args.micro_steps_per_generation == 0
+
+    def reward_changed(self, version: int) -> None:
+        """To be called when a reward function scores differently from now on; earlier rewards are not comparable.
+
+        Args:
+            version: how often it has changed so far.
+        """
+        self.evaluator.reward_version = version
 
     def plan(self, generation: int) -> RolloutPlan:
         """How the samples of a generation are drawn: deterministically, unless a subclass says otherwise."""
@@ -335,11 +351,13 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
 
 
 def _reward_set(functions: Sequence[RewardFunction], args: AlignmentConfig, policy: Policy) -> RewardSet:
-    settings = {
+    settings: dict[str, Any] = {
         "noise_level": args.reward_noise_level,
         "ensemble": args.reward_ensemble,
         "num_noise_samples": args.reward_num_noise_samples,
     }
+    if args.reward_kappa:
+        settings |= {"kappa": args.reward_kappa, "spread": args.reward_spread}
 
     return RewardSet(functions, settings, policy.decode)
 

@@ -146,6 +146,11 @@ class DDPOTrainer(DiffusionGRPOTrainer):
         self.stat_tracker = PerPromptStatTracker(size, least)
         self.add_callback(StatTrackerCallback(self.stat_tracker))
 
+    def reward_changed(self, version: int) -> None:
+        """Also forgets the history of rewards, which were of another scale."""
+        super().reward_changed(version)
+        self.stat_tracker.history.clear()
+
     def compare(self, generation: int, scores: Tensor) -> Advantages:
         """Advantages relative to each prompt's history; see `PerPromptStatTracker`."""
         rows = self.experience_maker.prompts.rows(generation, range(len(scores)))

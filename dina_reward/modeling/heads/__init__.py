@@ -11,6 +11,7 @@ from typing import TypeAlias
 from dina_reward.families import FeatureSizes
 from dina_reward.modeling.heads.config import HeadKind, RewardHeadConfig
 from dina_reward.modeling.heads.conv import ConvHead
+from dina_reward.modeling.heads.ensemble import EnsembleHead
 from dina_reward.modeling.heads.pooled import PooledHead
 from dina_reward.modeling.heads.query import RewardHead
 
@@ -26,6 +27,12 @@ HEADS: dict[HeadKind, type[Head]] = {
 ``head(features, num_levels)``."""
 
 
-def build_head(config: RewardHeadConfig, sizes: FeatureSizes, *, num_visual_taps: int, num_text_taps: int) -> Head:
-    """The head of the configured kind; see `RewardHead` for the arguments."""
-    return HEADS[config.kind](config, sizes, num_visual_taps=num_visual_taps, num_text_taps=num_text_taps)
+def build_head(
+    config: RewardHeadConfig, sizes: FeatureSizes, *, num_visual_taps: int, num_text_taps: int
+) -> Head | EnsembleHead:
+    """The head of the configured kind, or as many as it has members; see `RewardHead` for the arguments."""
+
+    def build() -> Head:
+        return HEADS[config.kind](config, sizes, num_visual_taps=num_visual_taps, num_text_taps=num_text_taps)
+
+    return build() if config.num_members == 1 else EnsembleHead(build, config.num_members)

@@ -28,6 +28,7 @@ class RewardHeadConfig:
         num_hidden_layers: hidden layers of ``pooled``, residual convolutions of ``conv``.
         dropout: dropout in the feed-forward block.
         squash: bound scores to ``(-2, 2)`` with a learned logistic curve.
+        num_members: heads on one backbone pass, whose mean is the score and whose spread says how unsure it is.
     """
 
     kind: HeadKind = "query"
@@ -40,6 +41,7 @@ class RewardHeadConfig:
     num_hidden_layers: int = 2
     dropout: float = 0.0
     squash: bool = False
+    num_members: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in get_args(HeadKind):
@@ -56,6 +58,8 @@ class RewardHeadConfig:
             raise ValueError(
                 f"num_queries and num_attention_heads must be positive, got {self.num_queries}, {self.num_attention_heads}"
             )
+        if not 1 <= self.num_members <= 64:
+            raise ValueError(f"num_members must be an integer from 1 to 64, got {self.num_members}")
         if self.num_hidden_layers < 1 or (self.width is not None and self.width < 1):
             raise ValueError(
                 f"num_hidden_layers and width must be positive, got {self.num_hidden_layers} and {self.width}"
