@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_example(name: str, directory: Path, *arguments: str) -> str:
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], cwd=directory, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+RunExample = Callable[..., str]
+
+
+@pytest.fixture
+def run_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[RunExample]:
+    """Runs an example in this process, whose libraries are imported already; what it prints."""
+    state = torch.random.get_rng_state()
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    torch.random.set_rng_state(state)
 
 
 def test_every_example_is_short_and_tested_here() -> None:
@@ -36,8 +51,12 @@ def test_every_example_is_short_and_tested_here() -> None:
         assert len((EXAMPLES / name).read_text().splitlines()) < (90 if name.startswith("04") else 65)
 
 
-def test_score_latents(tmp_path: Path) -> None:
-    output = run_example("01_score_latents.py", tmp_path)
+def test_score_latents_as_a_newcomer_does(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "01_score_latents.py")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    output = result.stdout
     rows = re.findall(r"^ +(\d) +(-?\d+\.\d+) +(-?\d+\.\d+) +(\d+\.\d+) +(\d\.\d+)$", output, re.MULTILINE)
     assert sorted(int(row[0]) for row in rows) == list(range(8))
     ensemble = [float(row[2]) for row in rows]
@@ -47,22 +66,23 @@ def test_score_latents(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_train_a_reward(tmp_path: Path) -> None:
-    output = run_example("02_train_a_reward.py", tmp_path, "2")
+def test_train_a_reward(tmp_path: Path, run_example: RunExample) -> None:
+    output = run_example("02_train_a_reward.py", "2")
     assert "ensemble" in output
     assert (tmp_path / "outputs" / "my_reward" / "head.safetensors").is_file()
 
 
-def test_align_with_flow_grpo(tmp_path: Path) -> None:
-    run_example("03_align_with_flow_grpo.py", tmp_path, "1")
+@pytest.mark.slow
+def test_align_with_flow_grpo(tmp_path: Path, run_example: RunExample) -> None:
+    run_example("03_align_with_flow_grpo.py", "1")
     output = tmp_path / "outputs" / "my_alignment"
     assert (output / "pytorch_lora_weights.safetensors").is_file()
     assert len(list((output / "pictures").glob("step-*.png"))) == 2
 
 
-@pytest.mark.parametrize("options", [[], ["--no-reward"]])
-def test_swap_into_your_loop(tmp_path: Path, options: list[str]) -> None:
-    output = run_example("04_swap_into_your_loop.py", tmp_path, "--rounds", "1", *options)
+@pytest.mark.parametrize("options", [[], pytest.param(["--no-reward"], marks=pytest.mark.slow)])
+def test_swap_into_your_loop(run_example: RunExample, options: list[str]) -> None:
+    output = run_example("04_swap_into_your_loop.py", "--rounds", "1", *options)
     before, after = re.findall(r"oracle fit (0\.\d+)", output)
     assert 0.3 < float(before) < 0.6
     assert before != after
@@ -73,20 +93,21 @@ def test_the_reward_takes_five_marked_lines() -> None:
     assert sum(line.endswith("# + reward") for line in lines) == 5
 
 
-def test_two_rewards_and_a_held_out_judge(tmp_path: Path) -> None:
-    output = run_example("05_two_rewards_and_a_held_out_judge.py", tmp_path, "1")
+@pytest.mark.slow
+def test_two_rewards_and_a_held_out_judge(tmp_path: Path, run_example: RunExample) -> None:
+    output = run_example("05_two_rewards_and_a_held_out_judge.py", "1")
     assert output.count("{'step'") == 2
     assert len(list((tmp_path / "outputs" / "two_rewards" / "pictures").glob("step-*.png"))) == 2
 
 
 @pytest.mark.slow
-def test_backprop_the_reward(tmp_path: Path) -> None:
-    run_example("06_backprop_the_reward.py", tmp_path, "2")
+def test_backprop_the_reward(tmp_path: Path, run_example: RunExample) -> None:
+    run_example("06_backprop_the_reward.py", "2")
     assert (tmp_path / "outputs" / "my_backprop" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_from_images_to_an_evaluation(tmp_path: Path) -> None:
-    output = run_example("07_from_images_to_an_evaluation.py", tmp_path)
+def test_from_images_to_an_evaluation(tmp_path: Path, run_example: RunExample) -> None:
+    output = run_example("07_from_images_to_an_evaluation.py")
     assert "119 of 120 pairs" in output
     assert "lost.png does not exist" in output
     accuracy = dict(re.findall(r"^\| (?:shapes|colourfulness) +\| +(\S.*?) +\| +(\d+\.\d+) \[", output, re.MULTILINE))
