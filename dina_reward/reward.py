@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.checkpoints.pretrained import PretrainedReward
+from dina_reward.checks.values import checked_int
 from dina_reward.families import Conditioning
 from dina_reward.likelihood import PreferenceModel, ensemble_level
 from dina_reward.modeling.inputs import (
@@ -23,11 +24,12 @@ from dina_reward.modeling.inputs import (
     check_flags,
     check_latents,
     check_size,
+    check_tensor,
     expand_prompts,
 )
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
 from dina_reward.noise import FlowMatchingNoise, NoisePoint, model_states, rescales_states
-from dina_reward.noise.draws import draw_level_noise, draw_noise, row_seeds
+from dina_reward.noise.draws import check_noise, draw_level_noise, draw_noise, row_seeds
 
 
 Options = ParamSpec("Options")
@@ -114,7 +116,7 @@ class LatentReward(PretrainedReward):
             NonFiniteError: (a `ValueError`) latents or scores are not finite.
         """
         check_flags(normalize=normalize, share_noise=share_noise, share_noise_across_levels=share_noise_across_levels)
-        if noise is not None and noise.ndim >= latents.ndim:
+        if noise is not None:
             noise = self._spatial_noise(noise, latents, height, width)
         latents = self._spatial(latents, height, width)
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
@@ -184,8 +186,6 @@ class LatentReward(PretrainedReward):
         check_flags(normalize=normalize)
         if (noise_level is None) == (timesteps is None):
             raise ValueError("give either `noise_level` or `timesteps`, to say how noisy the latents are")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         noisy_latents = self._spatial(noisy_latents, height, width)
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         conditioning, prompt_index = self._conditioning(len(noisy_latents), prompts, given)
@@ -198,7 +198,7 @@ class LatentReward(PretrainedReward):
             )
         noisy_latents = self._in_model_scale(noisy_latents, timesteps, scheduler)
         timestep = points.timestep.expand(batch)
-        step = batch_size or batch
+        step = batch if batch_size is None else checked_int("batch_size", batch_size, 1)
         scores = [
             self.model(
                 noisy_latents[start : start + step],
@@ -228,8 +228,18 @@ class LatentReward(PretrainedReward):
         Returns:
             `Tensor`: shape ``(batch,)``, float32.
         """
+        for side in (latents_a, latents_b):
+            check_tensor("latents", side, "call the pipeline with output_type='latent'")
         if latents_a.shape != latents_b.shape:
             raise ValueError(f"the two sides differ in shape: {tuple(latents_a.shape)} and {tuple(latents_b.shape)}")
+        if (latents_a.dtype, latents_a.device, latents_a.layout) != (
+            latents_b.dtype,
+            latents_b.device,
+            latents_b.layout,
+        ):
+            raise ValueError(
+                f"the two sides differ: {latents_a.dtype} on {latents_a.device}, {latents_b.dtype} on {latents_b.device}"
+            )
         refused = sorted({"generator", "normalize"} & set(options))
         if refused:
             raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
@@ -281,6 +291,9 @@ class LatentReward(PretrainedReward):
 
     def _spatial_noise(self, noise: Tensor, latents: Tensor, height: int | None, width: int | None) -> Tensor:
         """Noise that was given in the layout of ``latents``, with or without a dimension of draws."""
+        check_noise(noise)
+        if not isinstance(latents, Tensor) or noise.ndim < latents.ndim:
+            return noise  # the latents, or its shape, will be refused
         lead = noise.shape[: noise.ndim - latents.ndim + 1]
         rows = noise.reshape(-1, *noise.shape[len(lead) :])
         rows = self.family.unpack_latents(rows, self.config.backbone_config, height=height, width=width)
@@ -323,6 +336,12 @@ def _given_conditioning(embeds: Tensor | None, pooled: Tensor | None, mask: Tens
         if pooled is not None or mask is not None:
             raise ValueError("pooled_prompt_embeds and prompt_embeds_mask belong to prompt_embeds; give these too")
         return None
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "prompt_embeds_mask": mask}
+    for name, tensor in given.items():
+        if tensor is not None:
+            check_tensor(name, tensor)
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("prompt_embeds_mask must be true for tokens of the prompt and false for padding")
     return Conditioning(embeds, pooled, None if mask is None else mask.bool())
 
 
@@ -332,6 +351,7 @@ def _of_both_sides(name: str, value: Any, side: Tensor, options: Mapping[str, An
         return 2 * row_seeds(value, len(side))
     if name not in ("noise", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask") or value is None:
         return value
+    check_tensor(name, value)
     dim = value.ndim - side.ndim if name == "noise" and value.ndim > side.ndim else 0
     if value.shape[dim] not in (1, len(side)):
         raise ValueError(
