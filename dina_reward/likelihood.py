@@ -11,10 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from dina_reward.checks.values import check_choice, check_fields
 
 
 LikelihoodName = Literal["thurstone", "bradley_terry"]
@@ -108,6 +110,7 @@ class ThurstoneModel(PreferenceModel):
     variance_offset: float = 0.05
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not (self.variance_scale >= 0 and self.variance_offset > 0):
             raise ValueError(
                 "the Thurstone variance k sigma^2 + c needs variance_scale >= 0 and variance_offset > 0, "
@@ -179,10 +182,8 @@ class PreferenceLoss:
     margin: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(PreferenceLossName):
-            raise ValueError(
-                f"unknown preference loss {self.name!r}; choose one of {', '.join(get_args(PreferenceLossName))}"
-            )
+        check_choice("preference loss", self.name, get_args(PreferenceLossName))
+        check_fields(self)
         if self.margin and self.name != "bradley_terry":
             raise ValueError(f"margin={self.margin} belongs to the loss 'bradley_terry'; {self.name!r} has none")
         if self.margin < 0:
@@ -208,6 +209,8 @@ class PreferenceLoss:
             judged (`Tensor`, *optional*): what a judge scored the two sides, shape ``(pairs, 2)``; needed by ``gaussian``.
         """
         losses = self.per_pair(score_chosen, score_rejected, noise_level, target, judged)
+        if weight is not None:
+            _check_by_pair("weight", weight, len(losses))
         return losses.mean() if weight is None else (losses * weight.to(losses)).mean()
 
     def per_pair(
@@ -226,6 +229,9 @@ class PreferenceLoss:
         if self.name == "gaussian":
             return self._regression(score_chosen, score_rejected, noise_level, judged)
         margin = _margin(score_chosen, score_rejected)
+        for name, values in (("noise_level", noise_level), ("target", target)):
+            if values is not None:
+                _check_by_pair(name, values, len(margin))
         target = torch.ones_like(margin) if target is None else target.to(margin)
         if target.shape != margin.shape:
             raise ValueError(f"target has shape {tuple(target.shape)}, the scores have {tuple(margin.shape)}")
@@ -269,7 +275,17 @@ def _standardize(margin: Tensor, variance: Tensor) -> Tensor:
     return margin / torch.sqrt(2 * variance + VARIANCE_EPS)
 
 
+def _check_by_pair(name: str, values: Any, pairs: int) -> None:
+    if not isinstance(values, Tensor) or values.is_complex() or values.shape not in ((pairs,), (1,), ()):
+        given = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name} must be a tensor of numbers with one value per pair, ({pairs},), got {given}")
+
+
 def _margin(score_a: Tensor, score_b: Tensor) -> Tensor:
+    for side in (score_a, score_b):
+        if not isinstance(side, Tensor) or not side.is_floating_point():
+            kind = str(side.dtype) if isinstance(side, Tensor) else type(side).__name__
+            raise ValueError(f"scores must be floating-point tensors, got {kind}")
     if score_a.shape != score_b.shape or score_a.ndim != 1:
         raise ValueError(
             "scores of the two sides must both have shape (pairs,), "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.checkpoints.pretrained import PretrainedReward
-from dina_reward.checks.values import is_real
+from dina_reward.checks.values import checked_int, is_real
 from dina_reward.families import Conditioning
 from dina_reward.likelihood import PreferenceModel, ThurstoneModel, ensemble_level
 from dina_reward.modeling.inputs import (
@@ -25,6 +25,7 @@ from dina_reward.modeling.inputs import (
     check_flags,
     check_latents,
     check_size,
+    check_tensor,
     expand_prompts,
     length_note,
     unscaled_note,
@@ -32,7 +33,7 @@ from dina_reward.modeling.inputs import (
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
 from dina_reward.modeling.spread import ScoreParts, SpreadName, score_spread
 from dina_reward.noise import FlowMatchingNoise, NoisePoint, model_states, rescales_states
-from dina_reward.noise.draws import draw_level_noise, draw_noise, row_seeds
+from dina_reward.noise.draws import check_noise, draw_level_noise, draw_noise, row_seeds
 
 
 Options = ParamSpec("Options")
@@ -125,7 +126,7 @@ class LatentReward(PretrainedReward):
             NonFiniteError: (a `ValueError`) latents or scores are not finite.
         """
         check_flags(normalize=normalize, share_noise=share_noise, share_noise_across_levels=share_noise_across_levels)
-        if noise is not None and noise.ndim >= latents.ndim:
+        if noise is not None:
             noise = self._spatial_noise(noise, latents, height, width)
         latents = self._spatial(latents, height, width)
         self._warn_once("scale", lambda: unscaled_note(latents, self.prompt_encoder.pipeline))
@@ -202,8 +203,6 @@ class LatentReward(PretrainedReward):
         check_flags(normalize=normalize)
         if (noise_level is None) == (timesteps is None):
             raise ValueError("give either `noise_level` or `timesteps`, to say how noisy the latents are")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         noisy_latents = self._spatial(noisy_latents, height, width)
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         conditioning, prompt_index = self._conditioning(len(noisy_latents), prompts, given)
@@ -216,7 +215,7 @@ class LatentReward(PretrainedReward):
             )
         noisy_latents = self._in_model_scale(noisy_latents, timesteps, scheduler)
         timestep = points.timestep.expand(batch)
-        step = batch_size or batch
+        step = batch if batch_size is None else checked_int("batch_size", batch_size, 1)
         scores = [
             self.model(
                 noisy_latents[start : start + step],
@@ -290,6 +289,9 @@ class LatentReward(PretrainedReward):
 
     def _spatial_noise(self, noise: Tensor, latents: Tensor, height: int | None, width: int | None) -> Tensor:
         """Noise that was given in the layout of ``latents``, with or without a dimension of draws."""
+        check_noise(noise)
+        if not isinstance(latents, Tensor) or noise.ndim < latents.ndim:
+            return noise  # the latents, or its shape, will be refused
         lead = noise.shape[: noise.ndim - latents.ndim + 1]
         rows = noise.reshape(-1, *noise.shape[len(lead) :])
         rows = self.family.unpack_latents(rows, self.config.backbone_config, height=height, width=width)
@@ -354,6 +356,12 @@ def _given_conditioning(embeds: Tensor | None, pooled: Tensor | None, mask: Tens
         if pooled is not None or mask is not None:
             raise ValueError("pooled_prompt_embeds and prompt_embeds_mask belong to prompt_embeds; give these too")
         return None
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "prompt_embeds_mask": mask}
+    for name, tensor in given.items():
+        if tensor is not None:
+            check_tensor(name, tensor)
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError("prompt_embeds_mask must be true for tokens of the prompt and false for padding")
     return Conditioning(embeds, pooled, None if mask is None else mask.bool())
 
 
@@ -365,8 +373,13 @@ def options_for_both_sides(
     Raises:
         ValueError: sides of different shapes, or options that give the sides different noise.
     """
+    for side in (latents_a, latents_b):
+        check_tensor("latents", side, "call the pipeline with output_type='latent'")
     if latents_a.shape != latents_b.shape:
         raise ValueError(f"the two sides differ in shape: {tuple(latents_a.shape)} and {tuple(latents_b.shape)}")
+    first, second = ((side.dtype, side.device, side.layout) for side in (latents_a, latents_b))
+    if first != second:
+        raise ValueError(f"the two sides differ: {first[0]} on {first[1]}, {second[0]} on {second[1]}")
     refused = sorted({"generator", "normalize", "kappa", "spread"} & set(options))
     if refused:
         raise ValueError(f"preference does not take {refused}: it needs raw scores under equal noise")
@@ -383,6 +396,7 @@ def _of_both_sides(name: str, value: Any, side: Tensor, options: Mapping[str, An
         return 2 * row_seeds(value, len(side))
     if name not in ("noise", "prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask") or value is None:
         return value
+    check_tensor(name, value)
     dim = value.ndim - side.ndim if name == "noise" and value.ndim > side.ndim else 0
     if value.shape[dim] not in (1, len(side)):
         raise ValueError(

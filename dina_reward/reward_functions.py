@@ -278,11 +278,15 @@ def _read_scores(result: Any) -> tuple[Tensor, Tensor]:
         kinds = ", ".join(type(part).__name__ for part in result)
         raise TypeError(f"return the scores alone, not a tuple of ({kinds})")
     if isinstance(result, Tensor):
+        if result.is_complex():
+            raise TypeError("complex numbers have no order")
         scores = result.detach().cpu()
         return scores, torch.ones_like(scores, dtype=torch.bool)
     if isinstance(result, Sequence) and not isinstance(result, str):
         missing = [value is None for value in result]
         if any(missing):
+            if any(isinstance(value, (str, bytes)) for value in result):
+                raise TypeError("text is no number")
             values = [float("nan") if absent else float(v) for v, absent in zip(result, missing, strict=True)]
             return torch.tensor(values, dtype=torch.float64), ~torch.tensor(missing)
     scores = torch.as_tensor(result, dtype=torch.float64).cpu()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -276,6 +279,16 @@ def test_merged_and_unmerged_scores_agree(sd3_pipeline: Any, latents: Tensor) ->
     assert base == []
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda reward: pickle.loads(pickle.dumps(reward))])
+def test_copies_score_the_same_after_prompts_were_encoded(
+    reward: LatentReward, latents: Tensor, duplicate: Callable[[LatentReward], LatentReward]
+) -> None:
+    expected = reward(latents, "a cat", seed=0)
+    other = duplicate(reward)
+    assert torch.equal(other(latents, "a cat", seed=0), expected)
+    assert torch.equal(reward(latents, "a dog", seed=0), other(latents, "a dog", seed=0))
+
+
 def test_scoring_leaves_the_pipeline_alone(sd3_pipeline: Any, reward: LatentReward, latents: Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in sd3_pipeline.transformer.state_dict().items()}
     reward(latents, PROMPTS, seed=0)
@@ -333,6 +346,8 @@ def bad_latents(kind: str, latents: Tensor) -> Any:
         "empty": latents[:0],
         "nan": nan,
         "device": latents.to("meta"),
+        "sparse": latents.to_sparse(),
+        "float8": latents.to(torch.float8_e4m3fn),
     }[kind]
 
 
@@ -349,6 +364,8 @@ def bad_latents(kind: str, latents: Tensor) -> Any:
         ("empty", "empty batch"),
         ("nan", r"rows \[1\] are not finite"),
         ("device", "latents are on meta but the reward is on cpu"),
+        ("sparse", "latents must be dense and of at least 16 bits"),
+        ("float8", "latents must be dense and of at least 16 bits"),
     ],
 )
 def test_wrong_latents_are_refused(reward: LatentReward, latents: Tensor, kind: str, message: str) -> None:
@@ -373,7 +390,27 @@ def test_wrong_latents_are_refused(reward: LatentReward, latents: Tensor, kind: 
         ({"prompts": "a", "noise_level": float("nan")}, r"must lie in \[0, 1\]"),
         ({"prompts": "a", "noise_level": ()}, "at least one"),
         ({"prompts": "a", "ensemble": "max"}, "'tokens' or 'mean', got 'max'"),
-        ({"prompts": "a", "batch_size": 0}, "batch_size must be at least 1"),
+        ({"prompts": "a", "batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"prompts": "a", "batch_size": 1.5}, "batch_size must be an integer of at least 1, got 1.5"),
+        ({"prompts": "a", "num_noise_samples": True}, "num_noise_samples must be an integer"),
+        ({"prompts": "a", "noise_level": "0.4"}, "noise_level must be a number or a sequence of numbers, got '0.4'"),
+        ({"prompts": "a", "noise_level": True}, "noise_level must be a number or a sequence of numbers, got 'True'"),
+        ({"prompts": "a", "noise_level": {0.4}}, "noise_level must be a number or a sequence of numbers"),
+        (
+            {"prompts": "a", "noise": np.zeros((3, 16, 8, 8))},
+            "noise must be a floating-point torch.Tensor, .*got ndarray",
+        ),
+        ({"prompts": "a", "generator": 3}, "generator must be a torch.Generator, got int; pass integers as `seed`"),
+        ({"prompts": "half \ud800"}, "holds half of a character"),
+        ({"prompt_embeds": [1.0]}, "prompt_embeds must be a torch.Tensor, got list"),
+        (
+            {"prompt_embeds": torch.ones(3, 5, 64, dtype=torch.int64), "pooled_prompt_embeds": torch.ones(3, 64)},
+            "prompt_embeds must be floating-point numbers, got torch.int64",
+        ),
+        (
+            {"prompt_embeds": torch.full((3, 5, 64), torch.inf), "pooled_prompt_embeds": torch.ones(3, 64)},
+            "prompt_embeds hold NaN or infinite values",
+        ),
         ({"prompts": "a", "seed": [1, 2]}, "2 seeds for 3 latents"),
         ({"prompts": "a", "seed": 2**64}, "seeds have 64 bits"),
         ({"prompts": "a", "seed": "12"}, "seed must be an integer or a sequence of integers, got str"),
@@ -406,10 +443,10 @@ def test_noisy_scoring_needs_to_know_the_noise(reward: LatentReward, latents: Te
         reward.score_noisy(latents, "a cat", timesteps=2000)
     with pytest.raises(ValueError, match="if these are noise levels, pass them as `noise_level=`"):
         reward.score_noisy(latents, "a cat", timesteps=0.4)
-    with pytest.raises(ValueError, match=r"one or a sequence with at least one, got shape \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"one number or a sequence with at least one, got shape \(1, 2\)"):
         reward.score_noisy(latents, "a cat", timesteps=[[1, 2]])
     for batch_size in (0, -1):
-        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
             reward.score_noisy(latents, "a cat", noise_level=0.4, batch_size=batch_size)
     per_row = reward.score_noisy(latents, "a cat", noise_level=[0.1, 0.4, 0.7])
     torch.testing.assert_close(per_row[1:2], reward.score_noisy(latents[1:2], "a cat", noise_level=0.4))
@@ -423,6 +460,8 @@ def test_preference_refuses_what_would_break_it(reward: LatentReward, latents: T
         reward.preference(latents, latents[:2], "a cat")
     with pytest.raises(ValueError, match="does not take"):
         reward.preference(latents, latents, "a cat", normalize=True)
+    with pytest.raises(ValueError, match="latents must be a torch.Tensor, got ndarray"):
+        reward.preference(latents.numpy(), latents.numpy(), "a cat")
 
 
 def test_non_finite_scores_raise(sd3_pipeline: Any, latents: Tensor) -> None:

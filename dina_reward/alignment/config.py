@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from dina_reward.alignment.objectives.advantages import Aggregation, ScaleRewards
 from dina_reward.alignment.sampling.prompts import BatchGeometry
-from dina_reward.checks.values import check_choice, check_int, check_real, check_trainer_numbers, is_real
+from dina_reward.checks.values import check_choice, check_fields, check_int, check_real, check_trainer_numbers, is_real
 
 
 @dataclass
@@ -165,6 +165,7 @@ class AlignmentConfig(TrainingArguments):
         self._check_geometry()
         self._check_reward()
         self._check_trainer_options()
+        check_fields(self, beside=TrainingArguments)
 
     def _fill_defaults(self) -> None:
         # Without an accelerator torch warns about it and does nothing.
@@ -186,9 +187,9 @@ class AlignmentConfig(TrainingArguments):
         check_trainer_numbers(self)
         for name, low, high in _REALS:
             check_real(self, name, low, high)
-        for name in ("height", "width", "eval_height", "eval_width", "num_frames"):
-            if getattr(self, name) > _LARGEST_SIDE:
-                raise ValueError(f"{name} must be at most {_LARGEST_SIDE}, got {getattr(self, name)}")
+        for name in _BOUNDED:
+            if getattr(self, name) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, got {getattr(self, name)}")
         if self.max_sequence_length is not None and self.max_sequence_length > 32_768:
             raise ValueError(f"max_sequence_length must be at most 32768 tokens, got {self.max_sequence_length}")
         if self.ema_decay is not None:
@@ -295,7 +296,11 @@ class AlignmentConfig(TrainingArguments):
             )
 
 
-_LARGEST_SIDE = 16_384
+_LARGEST = 16_384
+_BOUNDED = (
+    "height", "width", "eval_height", "eval_width", "num_frames", "lora_rank", "num_inference_steps",
+    "eval_num_inference_steps",
+)  # fmt: skip
 _INTEGERS = {
     "num_inference_steps": 2,
     "num_generations": 1,

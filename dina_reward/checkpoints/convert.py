@@ -43,6 +43,8 @@ def resolve_checkpoint(
     Raises:
         CheckpointError: neither a directory nor a hub repository that can be reached.
     """
+    if not isinstance(path_or_id, (str, os.PathLike)) or not str(path_or_id):
+        raise CheckpointError(f"a reward is named by a directory or a hub id, got {path_or_id!r:.80}")
     path = settled(Path(reward_path(path_or_id)).expanduser())
     if path.is_dir():
         return path

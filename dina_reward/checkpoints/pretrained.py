@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from pathlib import Path
 from typing import Any, Self, cast
@@ -22,6 +21,7 @@ from dina_reward.families import get_family
 from dina_reward.modeling import LatentRewardConfig, LatentRewardModel, default_lora_config
 from dina_reward.modeling.config import lora_facts
 from dina_reward.modeling.prompt_encoding import PromptEncoder
+from dina_reward.noise.draws import checked_seed
 
 
 _NOT_OF_THE_WEIGHTS = {"backbone_model_id", "backbone_config", "scheduler_config"}
@@ -174,7 +174,7 @@ class PretrainedReward:
         attached = attach_backbone(config, source)
         lora_config = lora_config or default_lora_config(attached.config)
         with torch.random.fork_rng():
-            torch.manual_seed(operator.index(seed))
+            torch.manual_seed(checked_seed(seed))
             reward = cls(attached, lora_config, pipeline=pipeline, prompt_cache_size=prompt_cache_size)
         return reward.train()
 

@@ -5,7 +5,9 @@ Nothing here knows what a value is for; what belongs together is checked where i
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
@@ -24,7 +26,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(fits(value, part) for part in arguments)
     if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in arguments)
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
     if origin in (list, tuple) or hint in (list, tuple):
         of_kind = isinstance(value, origin or hint)
         return of_kind and all(fits(item, arguments[0]) for item in value if arguments)
@@ -39,18 +41,20 @@ def fits(value: Any, hint: Any) -> bool:
     return right and not (isinstance(value, float) and not math.isfinite(value))
 
 
-def check_fields(config: Any, **ranges: Range) -> None:
+def check_fields(config: Any, *, beside: type | None = None, **ranges: Range) -> None:
     """Checks every field of a dataclass against its annotation, and numbers against closed ranges.
 
     Args:
         config: the instance, from its ``__post_init__``.
+        beside: a base of its class whose fields are left out, because their annotations are not meant strictly.
         ranges: least and largest value by name of the field; of a list, of each of its items; ``None`` passes.
 
     Raises:
         ValueError: naming the field, its value and what is expected.
     """
     hints = get_type_hints(type(config))
-    for name in (f.name for f in fields(config)):
+    left_out = () if beside is None else {f.name for f in fields(beside)}
+    for name in (f.name for f in fields(config) if f.name not in left_out):
         value, hint = getattr(config, name), hints[name]
         if not fits(value, hint):
             raise ValueError(f"{name} must be {described(hint)}, got {value!r}")
@@ -76,6 +80,31 @@ def is_int(value: Any) -> bool:
 def is_real(value: Any) -> bool:
     """Whether a configuration value is a finite number (and not a bool)."""
     return fits(value, float)
+
+
+def integer(value: Any) -> int:
+    """An integer of any kind, also numpy's and 0-d tensors.
+
+    Raises:
+        TypeError: a fraction, which is not cut, a truth value, text or anything else.
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+        raise TypeError(f"{value!r} is a truth value")
+    return operator.index(value)
+
+
+def checked_int(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """An argument that is an integer of any kind, at least ``least`` and at most ``most``.
+
+    Raises:
+        ValueError: it is no integer, too small or too large.
+    """
+    with contextlib.suppress(TypeError):
+        number = integer(value)
+        if least <= number and (most is None or number <= most):
+            return number
+    limit = "" if most is None else f" and at most {most}"
+    raise ValueError(f"{name} must be an integer of at least {least}{limit}, got {value!r}")
 
 
 def check_int(config: object, name: str, least: int) -> None:
@@ -112,10 +141,19 @@ def check_trainer_numbers(args: Any) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         check_int(args, name, 1)
     check_int(args, "max_steps", -1)
+    if args.max_steps == 0:
+        raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs, got 0")
+    check_int(args, "dataloader_num_workers", 0)
+    for name in ("save_steps", "eval_steps", "logging_steps"):
+        steps = getattr(args, name)
+        if steps is not None and not (is_real(steps) and steps > 0):
+            raise ValueError(f"{name} must be a number of steps above 0, or a share of all below 1, got {steps!r}")
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "adam_epsilon"):
         check_real(args, name, 0, math.inf)
     for name in ("adam_beta1", "adam_beta2"):
         check_real(args, name, 0, 1)
+        if getattr(args, name) == 1:
+            raise ValueError(f"{name} must be below 1: an average that never changes trains nothing")
     if "\0" in str(args.output_dir):
         raise ValueError(f"output_dir must be a path, got {args.output_dir!r} with a NUL character in it")
 

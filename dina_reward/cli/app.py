@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from dina_reward.checks.disk import disk_fault
 from dina_reward.cli.align import align
 from dina_reward.cli.bench import bench
 from dina_reward.cli.cache import cache
@@ -55,3 +56,9 @@ def main() -> None:
     except (ValueError, MissingExtraError) as error:
         typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
         sys.exit(2)
+    except Exception as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        typer.secho(f"error: {fault}", err=True, fg=typer.colors.RED)
+        sys.exit(1)

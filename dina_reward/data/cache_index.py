@@ -5,6 +5,7 @@ Indexing decodes every image once, so that broken images are known, counted and 
 
 from __future__ import annotations
 
+import zlib
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -36,6 +37,7 @@ _TEXTS = ("prompt", "source", "group", "a_name", "b_name", "broken")
 _NUMBERS = {
     "p_a": pa.float64(), "weight": pa.float64(),
     "a_width": pa.int32(), "a_height": pa.int32(), "b_width": pa.int32(), "b_height": pa.int32(),
+    "a_content": pa.int64(), "b_content": pa.int64(),
 }  # fmt: skip
 
 
@@ -73,14 +75,16 @@ def describe_pair(preferences: PairSource, row: int) -> dict[str, Any]:
     entry: dict[str, Any] = {**dict.fromkeys(_TEXTS, ""), **dict.fromkeys(_NUMBERS, 0)}
     try:
         preference = preferences[row]
-        sizes = [side_image(preference, side).size for side in (0, 1)]
+        images = [side_image(preference, side) for side in (0, 1)]
+        sizes, contents = [image.size for image in images], [zlib.crc32(image.tobytes()) for image in images]
     except (BrokenRowError, OSError, SyntaxError) as error:
         return {**entry, "broken": str(error) or type(error).__name__}
     for name in ("prompt", "source", "group", "p_a", "weight"):
         entry[name] = getattr(preference, name)
-    for side, size in zip("ab", sizes, strict=True):
+    for side, size, content in zip("ab", sizes, contents, strict=True):
         entry[f"{side}_name"] = getattr(preference, f"{side}_name") or f"pair {row}, side {side}"
         entry[f"{side}_width"], entry[f"{side}_height"] = size
+        entry[f"{side}_content"] = content
     return entry
 
 
@@ -175,6 +179,11 @@ class PairIndex:
             zip(numbers(batch, f"{side}_width").tolist(), numbers(batch, f"{side}_height").tolist(), strict=True)
         )
 
+    def contents(self, side: str) -> list[int]:
+        """Checksums of the images ``a`` or ``b``; zeros in caches of versions that kept none."""
+        name = f"{side}_content"
+        return self.table.column(name).to_pylist() if name in self.table.column_names else [0] * len(self)
+
 
 def make_plan(index: PairIndex, rule: BucketRule, max_broken: float) -> CachePlan:
     """Decides for every pair whether it is kept, in which bucket, and where its images and its prompt will be.
@@ -195,8 +204,9 @@ class _Planner:
         self.reasons, self.texts = index.texts("broken"), index.texts("prompt")
         self.names = (index.texts("a_name"), index.texts("b_name"))
         self.sizes = (index.sizes("a"), index.sizes("b"))
+        self.contents = (index.contents("a"), index.contents("b"))
         self.broken = BrokenRows(len(index), max_broken)
-        self.size_of: dict[str, tuple[int, int]] = {}
+        self.known: dict[str, tuple[tuple[int, int], int]] = {}
         self.items = [BucketItems() for _ in rule.buckets]
         self.places: list[dict[str, int]] = [{} for _ in rule.buckets]
         self.prompts: dict[str, int] = {}
@@ -217,13 +227,15 @@ class _Planner:
         self.rows.append((row, bucket, chosen, rejected, prompt))
 
     def _name_clash(self, row: int) -> str:
-        for names, sizes in zip(self.names, self.sizes, strict=True):
+        for names, sizes, contents in zip(self.names, self.sizes, self.contents, strict=True):
             name, size = names[row], sizes[row]
-            known = self.size_of.setdefault(name, size)
+            known, content = self.known.setdefault(name, (size, contents[row]))
             if known != size:
                 return (
                     f"two images with one name: {name!r} is {size[0]} x {size[1]} here, {known[0]} x {known[1]} before"
                 )
+            if content != contents[row]:
+                return f"two images with one name: {name!r} is another picture here than before"
         return ""
 
     def _place(self, bucket: int, row: int, side: int) -> int:

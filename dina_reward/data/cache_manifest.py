@@ -16,6 +16,7 @@ from torch import nn
 
 from dina_reward.checkpoints.atomic import atomic_file
 from dina_reward.checks.stored import check_same, read_json
+from dina_reward.checks.values import check_fields, fits, is_int
 from dina_reward.data.arrow_files import STORED_DTYPES
 from dina_reward.data.broken import BrokenRowError
 from dina_reward.data.buckets import BucketRule
@@ -61,6 +62,11 @@ class CacheSettings:
     pairs_per_shard: int = 512
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if not isinstance(self.rule, BucketRule):
+            raise ValueError(
+                f"rule must be a BucketRule, got {type(self.rule).__name__}; make one by BucketRule.of([...])"
+            )
         for name in ("latent_dtype", "embeds_dtype"):
             if getattr(self, name) not in STORED_DTYPES:
                 raise ValueError(f"{name} must be one of {list(STORED_DTYPES)}, got {getattr(self, name)!r}")
@@ -126,6 +132,35 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{directory} is a latent cache of version {manifest.get('version')}; this release reads {FORMAT_VERSION}"
         )
     return manifest
+
+
+def check_readable(manifest: Mapping[str, Any], directory: Path) -> None:
+    """Refuses a finished cache whose manifest lacks what reading it takes, or has it of a wrong kind.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    settings, shapes = manifest.get("settings"), manifest.get("latent_shapes")
+    facts: dict[str, Any] = {**(settings if isinstance(settings, dict) else {}), "latent_shapes": shapes}
+    buckets = facts.get("buckets")
+    right = {
+        "buckets": fits(buckets, list[str]) and bool(buckets),
+        "latent_shapes": isinstance(shapes, dict) and all(_is_shape(shapes.get(name)) for name in buckets or ()),
+        "prompt_embeds": fits(facts.get("prompt_embeds"), bool),
+        **{name: facts.get(name) in tuple(STORED_DTYPES) for name in ("latent_dtype", "embeds_dtype")},
+        **{name: is_int(facts.get(name)) and facts[name] > 0 for name in ("images_per_shard", "prompts_per_shard")},
+        "complete": fits(manifest.get("complete"), bool),
+    }
+    wrong = next((name for name, fine in right.items() if not fine), None)
+    if wrong is not None:
+        known = {**facts, "complete": manifest.get("complete")}
+        raise ValueError(
+            f"{directory / MANIFEST_NAME} is damaged: its {wrong} cannot be {known.get(wrong)!r:.80}; build the cache again"
+        )
+
+
+def _is_shape(value: Any) -> bool:
+    return fits(value, list[int]) and len(value) > 1 and min(value) > 0
 
 
 def is_cache(directory: Path) -> bool:

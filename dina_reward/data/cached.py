@@ -18,7 +18,7 @@ from dina_reward.data.arrow_files import RaggedColumn, TensorColumn, numbers, op
 from dina_reward.data.buckets import Bucket
 from dina_reward.data.cache import PAIRS_NAME
 from dina_reward.data.cache_encode import shard_path
-from dina_reward.data.cache_manifest import read_manifest
+from dina_reward.data.cache_manifest import check_readable, read_manifest
 from dina_reward.data.records import SCORE_COLUMNS
 
 
@@ -57,8 +57,9 @@ class CachedPreferences(Dataset[dict[str, Any]]):
     def __init__(self, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = torch.float32) -> None:
         self.directory, self.dtype = Path(directory), dtype
         self.manifest = read_manifest(self.directory)
-        if not self.manifest["complete"]:
+        if self.manifest.get("complete") is False:
             raise ValueError(f"the latent cache in {directory} is unfinished; run the command that began it once more")
+        check_readable(self.manifest, self.directory)
         settings = self.manifest["settings"]
         self._bucket_names = list(settings["buckets"])
         self.buckets = tuple(map(Bucket.parse, self._bucket_names))

@@ -60,8 +60,12 @@ class Columns:
         column = self._walk(column, name, pa.large_string(), _as_text)
         return _without_nulls(column) if optional else self._required(column, name)
 
-    def number(self, name: str, *, optional: bool = False) -> np.ndarray:
-        """float64, shape ``(rows,)``; no value is NaN, and a defect unless ``optional``."""
+    def number(self, name: str, *, optional: bool = False, nan_is_missing: bool = True) -> np.ndarray:
+        """float64, shape ``(rows,)``; no value is NaN, and a defect unless ``optional``.
+
+        Args:
+            nan_is_missing: whether a stored NaN is no value, as pandas writes it, or else a defect.
+        """
         column = self.raw(name)
         if _is_text(column.type):
             try:
@@ -71,6 +75,8 @@ class Columns:
         elif not (_is_number(column.type) or pa.types.is_null(column.type)):
             column = self._walk(column, name, pa.float64(), _as_number)
         values = np.asarray(pc.cast(column, pa.float64(), safe=False).to_numpy(), dtype=np.float64)
+        if not nan_is_missing:
+            self.defects.mark(np.isnan(values) & as_mask(pc.is_valid(column)), f"{name} is NaN")
         infinite = np.isinf(values)
         self.defects.mark(infinite, f"{name} is infinite")
         if not optional:

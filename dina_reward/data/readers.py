@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import Dataset
 
+from dina_reward.checks.values import checked_int, is_real
 from dina_reward.data.broken import BrokenRowError, BrokenRows
 from dina_reward.data.columns import NO_VALUE, Columns
 from dina_reward.data.pairs import PairIndex, SideIndex, swapped_sides, within_limit
@@ -84,11 +85,7 @@ def read_preferences(
         ValueError: nothing readable there, no schema fits, a column is missing, too many rows are broken, or no pair is
             left.
     """
-    for name, value in (("max_broken", max_broken), ("min_confidence", min_confidence)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    if max_pairs_per_prompt is not None and max_pairs_per_prompt < 1:
-        raise ValueError(f"max_pairs_per_prompt must be positive, got {max_pairs_per_prompt}")
+    _check_options(max_broken, min_confidence, max_pairs_per_prompt, seed, soft_labels, columns)
     opened = open_table(dataset, split)
     if len(opened.dataset) == 0:
         raise ValueError(f"{opened.name} has no rows")
@@ -293,6 +290,23 @@ class PreferenceReader(Dataset[Preference]):
             return name or side_name(self._stored(side, table, index))
         except ValueError as error:
             raise BrokenRowError(int(side.rows[index]), f"{side.column}: {error}") from error
+
+
+def _check_options(
+    max_broken: Any, min_confidence: Any, max_pairs_per_prompt: Any, seed: Any, soft_labels: Any, columns: Any
+) -> None:
+    """Refuses options of `read_preferences` that are of a wrong kind or out of range."""
+    for name, value in (("max_broken", max_broken), ("min_confidence", min_confidence)):
+        optional = value is None and name == "min_confidence"
+        if not optional and not (is_real(value) and 0 <= value <= 1):
+            raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
+    if max_pairs_per_prompt is not None:
+        checked_int("max_pairs_per_prompt", max_pairs_per_prompt, 1)
+    checked_int("seed", seed, -(2**63))
+    if not isinstance(soft_labels, bool):
+        raise ValueError(f"soft_labels must be True or False, got {soft_labels!r}")
+    if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):
+        raise ValueError(f"columns must be a list of names, got {columns!r:.80}")
 
 
 def _kept_pairs(

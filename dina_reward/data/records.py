@@ -226,6 +226,8 @@ def _number(value: Any, default: float, name: str, prompt: str) -> float:
     if value is None:
         return default
     try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError(value)
         return float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number, got {value!r} (prompt {prompt!r})") from None

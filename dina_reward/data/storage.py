@@ -69,6 +69,8 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         self.p_chosen = torch.ones(pairs) if p_chosen is None else p_chosen
         self.weight = torch.ones(pairs) if weight is None else weight
         for name, values, high in (("p_chosen", self.p_chosen, 1.0), ("weight", self.weight, math.inf)):
+            if not _is_plain(values) or values.is_complex() or values.dtype == torch.bool:
+                raise ValueError(f"{name} must be a tensor of numbers, one per pair, got {type(values).__name__}")
             if values.shape != (pairs,):
                 raise ValueError(f"{name} has shape {tuple(values.shape)}; expected ({pairs},), one value per pair")
             if not bool(((values >= 0) & (values <= high) & torch.isfinite(values)).all()):
@@ -142,8 +144,14 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"the preferences in {directory} cannot be used: {error}") from error
 
 
+def _is_plain(values: Any) -> bool:
+    """Whether something is a tensor with numbers in memory that every operation takes."""
+    dense = isinstance(values, Tensor) and values.layout == torch.strided and not values.is_meta
+    return dense and not str(values.dtype).startswith("torch.float8")
+
+
 def _check_latents(name: str, latents: Any) -> None:
-    if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim < 3:
+    if not _is_plain(latents) or not latents.is_floating_point() or latents.ndim < 3:
         found = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(f"{name} must be a floating-point tensor of latents, (pairs, ...), got {found}")
     finite = torch.isfinite(latents).flatten(1).all(dim=1)

@@ -40,7 +40,7 @@ class TieConvention:
         """
         if isinstance(ties, TieConvention):
             return ties
-        if ties not in TIE_CONVENTIONS:
+        if not isinstance(ties, str) or ties not in TIE_CONVENTIONS:
             raise ValueError(f"unknown tie convention {ties!r}; choose one of {', '.join(TIE_CONVENTIONS)}")
         return TIE_CONVENTIONS[ties]
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 
 _PROBED = 32
+_CAPTURING = "transformers.utils.output_capturing"
+_CAPTURES = "_output_capturing_hooks_installed"
 
 
 def probe(tensor: Tensor) -> Tensor:
@@ -50,6 +52,17 @@ def _parts(pipeline: Any, prefix: str) -> list[Any]:
 def text_encoders(pipeline: Any) -> list[nn.Module]:
     """The attributes ``text_encoder*`` of a pipeline that are modules."""
     return [part for part in _parts(pipeline, "text_encoder") if isinstance(part, nn.Module)]
+
+
+def remove_capturing_hooks(pipeline: Any) -> None:
+    """Takes transformers' own hooks off the text encoders: they cannot be pickled, and come back with the next call."""
+    for encoder in text_encoders(pipeline):
+        for module in encoder.modules():
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "") == _CAPTURING]:
+                del hooks[key]
+            if getattr(module, _CAPTURES, False):
+                setattr(module, _CAPTURES, False)
 
 
 def _structure(pipeline: Any) -> list[Any]:

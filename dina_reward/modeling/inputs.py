@@ -13,6 +13,9 @@ from dina_reward.checks.values import is_int
 from dina_reward.families import Conditioning, ModelFamily
 
 
+_LARGEST_SIDE = 65_536
+
+
 class NonFiniteError(ValueError):
     """Latents or scores are NaN or infinite."""
 
@@ -26,10 +29,8 @@ def check_latents(
         ValueError: with the fault.
         NonFiniteError: values are NaN or infinite.
     """
-    if not isinstance(latents, Tensor):
-        raise ValueError(
-            f"latents must be a torch.Tensor, got {type(latents).__name__}; call the pipeline with output_type='latent'"
-        )
+    check_tensor("latents", latents, "call the pipeline with output_type='latent'")
+    check_dense("latents", latents)
     if not latents.is_floating_point():
         raise ValueError(
             f"latents have dtype {latents.dtype}; expected floating-point latents (if these are pixels, encode them with "
@@ -82,6 +83,26 @@ def length_note(conditioning: Conditioning, expected: int | None) -> str | None:
     )
 
 
+def check_tensor(name: str, value: Any, advice: str = "") -> None:
+    """Refuses what is no tensor, such as lists and numpy arrays.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}{advice and f'; {advice}'}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuses tensors that few operations take: sparse ones, and numbers of 8 bits.
+
+    Raises:
+        ValueError: naming layout and dtype.
+    """
+    if tensor.layout != torch.strided or str(tensor.dtype).startswith("torch.float8"):
+        raise ValueError(f"{name} must be dense and of at least 16 bits, got {tensor.layout} of {tensor.dtype}")
+
+
 def expand_prompts(prompts: str | Sequence[str], batch: int) -> list[str]:
     """One prompt per latent.
 
@@ -114,7 +135,7 @@ def check_size(latents: Tensor, height: int | None, width: int | None) -> None:
         ValueError: no positive integers, or another aspect ratio than that of the latents.
     """
     given = [size for size in (height, width) if size is not None]
-    if not all(is_int(size) and size > 0 for size in given):
+    if not all(is_int(size) and 0 < size <= _LARGEST_SIDE for size in given):
         raise ValueError(f"height and width must be positive numbers of pixels, got {height!r} and {width!r}")
     rows, columns = latents.shape[-2:]
     if height is not None and width is not None and abs(height * columns - width * rows) > max(height, width):
@@ -132,6 +153,15 @@ def check_embeddings(
         ValueError: with the fault.
     """
     family.check_conditioning(conditioning, denoiser_config)
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        embeds = getattr(conditioning, name)
+        if embeds is None:
+            continue
+        check_dense(name, embeds)
+        if not embeds.is_floating_point() or embeds.is_meta:
+            raise ValueError(f"{name} must be floating-point numbers, got {embeds.dtype} on {embeds.device}")
+        if not bool(torch.isfinite(embeds).all()):
+            raise NonFiniteError(f"{name} hold NaN or infinite values")
     if len(conditioning) not in (1, batch):
         raise ValueError(
             f"prompt_embeds have {len(conditioning)} rows for {batch} latents; give one row per latent, or one for all "

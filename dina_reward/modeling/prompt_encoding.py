@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.families import Conditioning, ModelFamily
-from dina_reward.modeling.content import TextEncoderState, text_encoders
+from dina_reward.modeling.content import TextEncoderState, remove_capturing_hooks, text_encoders
 
 
 _ROWS_OF_SMALL_ENCODERS = 8
@@ -68,6 +68,8 @@ class PromptEncoder:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            remove_capturing_hooks(self.pipeline)
         state = {**self.__dict__, "_cache": OrderedDict(), "_encoders": None}
         del state["_lock"], state["_given"]
         return state
@@ -87,6 +89,8 @@ class PromptEncoder:
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a list of strings, got {type(prompts).__name__} {str(prompts)[:80]!r}")
+        for prompt in prompts:
+            _check_text(prompt)
         position: dict[str, int] = {}
         index = torch.tensor([position.setdefault(prompt, len(position)) for prompt in prompts], device="cpu")
         with self._lock:
@@ -155,6 +159,13 @@ class PromptEncoder:
                 self._cache.popitem(last=False)
         rows |= given
         return [rows[prompt] for prompt in order]
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the prompt {prompt!r} holds half of a character, which is no text") from None
 
 
 def _rows_per_call(family: ModelFamily, pipeline: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dina_reward.checks.values import checked_int
 from dina_reward.families import Conditioning
 from dina_reward.modeling.model import LatentRewardModel
 from dina_reward.modeling.spread import ScoreParts
@@ -82,10 +83,8 @@ def score_batch(
     """
     if ensemble not in ("tokens", "mean"):
         raise ValueError(f"ensemble must be 'tokens' or 'mean', got {ensemble!r}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     count = len(batch.latents)
-    step = batch_size or count
+    step = count if batch_size is None else checked_int("batch_size", batch_size, 1)
     parts = [
         _score_rows(model, process, batch.rows(slice(start, start + step)), ensemble)
         for start in range(0, count, step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, SupportsIndex, cast
 
@@ -10,8 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dina_reward.checks.values import checked_int, integer
+
 
 _LEVEL_STREAM = 1
+_MOST_SAMPLES = 65_536
 
 
 def draw_noise(
@@ -45,9 +47,14 @@ def draw_noise(
     """
     if sum(source is not None for source in (seed, generator, noise)) > 1:
         raise ValueError("give only one of `seed`, `generator` and `noise`")
-    if num_samples < 1:
-        raise ValueError(f"num_noise_samples must be at least 1, got {num_samples}")
+    num_samples = checked_int("num_noise_samples", num_samples, 1, _MOST_SAMPLES)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}; pass integers as `seed`"
+        )
     if noise is not None:
+        if share_noise:
+            raise ValueError("share_noise=True has no effect on `noise` that is given; give one row of it instead")
         return _given_noise(noise, latents, num_samples)
     batch, shape = latents.shape[0], tuple(latents.shape[1:])
     rows = 1 if share_noise else batch
@@ -68,7 +75,7 @@ def draw_level_noise(
     noise_levels: Sequence[float],
     *,
     num_samples: int = 1,
-    seed: int | Sequence[int] | Tensor | None = None,
+    seed: SupportsIndex | Sequence[SupportsIndex] | Tensor | None = None,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     share_noise: bool = False,
@@ -88,6 +95,8 @@ def draw_level_noise(
     Raises:
         ValueError: as for `draw_noise`.
     """
+    if noise is not None:
+        check_noise(noise)
     if noise is not None and (noise.ndim != latents.ndim + 2 or noise.shape[0] != len(noise_levels)):
         raise ValueError(
             f"noise has shape {tuple(noise.shape)}; with share_noise_across_levels=False expected "
@@ -115,11 +124,13 @@ def fold_seed(*parts: int) -> int:
     return int(word >> np.uint64(1))
 
 
-def _level_seed(seed: int | Sequence[int] | Tensor | None, level: float) -> int | list[int] | None:
-    number = round(level * 1e6)
-    if seed is None or isinstance(seed, int):
-        return None if seed is None else fold_seed(seed, number, _LEVEL_STREAM)
-    return [fold_seed(int(each), number, _LEVEL_STREAM) for each in seed]
+def _level_seed(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor | None, level: float) -> int | list[int] | None:
+    if seed is None:
+        return None
+    number, seeds = round(level * 1e6), checked_seeds(seed)
+    if isinstance(seeds, int):
+        return fold_seed(seeds, number, _LEVEL_STREAM)
+    return [fold_seed(each, number, _LEVEL_STREAM) for each in seeds]
 
 
 def _samples(shape: tuple[int, ...], num_samples: int, stream: torch.Generator) -> Tensor:
@@ -138,23 +149,35 @@ def row_seeds(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor, batch: int
     Raises:
         ValueError: another number of seeds than rows, or seeds that are no integers.
     """
-    if isinstance(seed, (str, bytes, Set, Mapping)):
-        raise ValueError(f"seed must be an integer or a sequence of integers, got {type(seed).__name__} {seed!r}")
-    if np.ndim(cast(Any, seed)) == 0:
-        number = _integer(seed)
-        return [number, *(fold_seed(number, row) for row in range(1, batch))][:batch]
-    seeds = [_integer(value) for value in seed]  # type: ignore[union-attr]
+    seeds = checked_seeds(seed)
+    if isinstance(seeds, int):
+        return [seeds, *(fold_seed(seeds, row) for row in range(1, batch))][:batch]
     if len(seeds) != batch:
         raise ValueError(f"got {len(seeds)} seeds for {batch} latents; pass one integer or one seed per latent")
     return seeds
 
 
-def _integer(value: Any) -> int:
-    """An integer of any kind, but no fraction that would have to be cut."""
+def checked_seeds(seed: SupportsIndex | Sequence[SupportsIndex] | Tensor) -> int | list[int]:
+    """One seed or several, as plain integers.
+
+    Raises:
+        ValueError: something else; sets, mappings and text have no numbers in an order of their own.
+    """
+    if isinstance(seed, (str, bytes, Set, Mapping, type)):
+        raise ValueError(f"seed must be an integer or a sequence of integers, got {type(seed).__name__} {seed!r}")
+    if isinstance(seed, Sequence) or np.ndim(cast(Any, seed)) > 0:
+        return [checked_seed(value) for value in cast("Sequence[Any]", seed)]
+    return checked_seed(seed)
+
+
+def checked_seed(value: Any) -> int:
+    """One seed, an integer of any kind; fractions are not cut.
+
+    Raises:
+        ValueError: something else, or more than 64 bits.
+    """
     try:
-        if isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == torch.bool:
-            raise TypeError("a truth value")
-        number = operator.index(value)
+        number = integer(value)
     except TypeError:
         raise ValueError(f"seeds must be integers, got {value!r}; fractions are not cut") from None
     if not -(2**63) <= number < 2**64:
@@ -162,7 +185,26 @@ def _integer(value: Any) -> int:
     return number
 
 
+def check_noise(noise: Any) -> None:
+    """Refuses noise that is no tensor of finite floating-point numbers.
+
+    Raises:
+        ValueError: with the fault.
+    """
+    right = isinstance(noise, Tensor) and noise.is_floating_point() and noise.layout == torch.strided
+    if not right or noise.is_meta or str(noise.dtype).startswith("torch.float8"):
+        kind = (
+            f"a tensor of {noise.dtype}, {noise.layout}, on {noise.device}"
+            if isinstance(noise, Tensor)
+            else type(noise).__name__
+        )
+        raise ValueError(f"noise must be a floating-point torch.Tensor, dense and of at least 16 bits, got {kind}")
+    if not bool(torch.isfinite(noise).all()):
+        raise ValueError("noise holds NaN or infinite values")
+
+
 def _given_noise(noise: Tensor, latents: Tensor, num_samples: int) -> Tensor:
+    check_noise(noise)
     if num_samples > 1 and (noise.ndim == latents.ndim or len(noise) == 1):
         raise ValueError(
             f"num_noise_samples={num_samples}, but the given noise has one draw, which would be scored so often; give noise "

@@ -7,7 +7,7 @@ Everywhere in this package a *noise level* is the standard deviation of the nois
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,25 @@ class NoisePoint:
 def expand_as(values: Tensor, target: Tensor) -> Tensor:
     """Appends dimensions of size one to ``(batch,)`` values until they broadcast against ``target``."""
     return values.reshape(values.shape + (1,) * (target.ndim - values.ndim))
+
+
+def _vector(name: str, values: Any) -> Tensor:
+    """Numbers as a 1-D tensor, float32, on the CPU.
+
+    Raises:
+        ValueError: no number, a table of them, or what has no order of its own.
+    """
+    try:
+        if isinstance(values, (bool, str, bytes, Mapping, Set)):
+            raise TypeError(values)
+        given = torch.as_tensor(values, device="cpu")
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number or a sequence of numbers, got {str(values)[:80]!r}") from None
+    if given.ndim > 1 or given.numel() == 0:
+        raise ValueError(f"{name} must be one number or a sequence with at least one, got shape {tuple(given.shape)}")
+    return torch.atleast_1d(given.float())
 
 
 class NoiseProcess(ABC):
@@ -77,11 +96,7 @@ class NoiseProcess(ABC):
         Raises:
             ValueError: a level is not finite or lies outside ``[0, 1]``. Values above 1 are usually timesteps.
         """
-        wanted = torch.atleast_1d(torch.as_tensor(noise_level, dtype=torch.float32, device="cpu"))
-        if wanted.ndim != 1 or wanted.numel() == 0:
-            raise ValueError(
-                f"noise_level must be one level or a sequence with at least one, got shape {tuple(wanted.shape)}"
-            )
+        wanted = _vector("noise_level", noise_level)
         if not bool(((wanted >= 0) & (wanted <= 1)).all()):
             raise ValueError(
                 f"noise_level must lie in [0, 1] (0 is clean, 1 is pure noise), got {wanted.tolist()}. "
@@ -95,9 +110,7 @@ class NoiseProcess(ABC):
         Raises:
             ValueError: a timestep lies outside the grid. Values that are all below 1 are usually noise levels.
         """
-        wanted = torch.atleast_1d(torch.as_tensor(timesteps, dtype=torch.float32, device="cpu"))
-        if wanted.ndim != 1 or wanted.numel() == 0:
-            raise ValueError(f"timesteps must be one or a sequence with at least one, got shape {tuple(wanted.shape)}")
+        wanted = _vector("timesteps", timesteps)
         low, high = float(self.timesteps.min()), float(self.timesteps.max())
         if bool(((wanted > 0) & (wanted < 1)).all()):
             raise ValueError(

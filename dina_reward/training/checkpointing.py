@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +105,9 @@ class AtomicCheckpointMixin(_Trainer):
                 finished = self._finished_state(checkpoint)
                 if finished is not None:
                     return self._load_finished(checkpoint, finished)
-            return self._train_until_told(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            # A resumed run has been evaluated at its start; once more would count as an evaluation of its own.
+            with _replaced(self.args, eval_on_start=self.args.eval_on_start and checkpoint is None):
+                return self._train_until_told(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def _checkpoint_to_resume(self, asked: str | bool | None, output_dir: Path) -> Path | None:
         if asked is not True:
@@ -182,9 +186,13 @@ class AtomicCheckpointMixin(_Trainer):
                 write_settings(staged, self.run_settings())
                 write_run(staged, self._run or new_run())
             self._point_at_best_checkpoint(run_dir, staged)
+            self._publish(staged, target)
+        except OSError:
+            # A full disk is not left any fuller.
+            shutil.rmtree(incomplete_name(target), ignore_errors=True)
+            raise
         finally:
             self._staging = None
-        self._publish(staged, target)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
         if self.args.should_save:
@@ -256,6 +264,17 @@ class AtomicCheckpointMixin(_Trainer):
 
     def _checkpointed_callbacks(self) -> list[CheckpointedCallback]:
         return [cb for cb in self.callback_handler.callbacks if isinstance(cb, CheckpointedCallback)]
+
+
+@contextlib.contextmanager
+def _replaced(args: Any, **values: Any) -> Iterator[None]:
+    """Inside the context some arguments have other values."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
 
 
 def _rename_into_place(staged: Path, target: Path) -> None:

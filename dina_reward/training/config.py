@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from dina_reward.checks.values import check_trainer_numbers, is_real
+from dina_reward.checks.values import check_fields, check_trainer_numbers, is_real
 from dina_reward.likelihood import PreferenceLoss
 from dina_reward.noise import LevelSampler
 
@@ -91,6 +91,7 @@ class LatentRewardTrainingConfig(TrainingArguments):
         # Without an accelerator torch warns about it and does nothing.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         check_trainer_numbers(self)
+        check_fields(self, beside=TrainingArguments)
         self.level_sampler()
         PreferenceLoss(self.loss_type, margin=self.margin)  # type: ignore[arg-type]
         self._check_evaluation()

@@ -132,7 +132,9 @@ def check_digests(directory: Path) -> None:
     faults = []
     for name, digest in _read_record(path).items():
         file = directory / name
-        if not file.is_file() or file_digest(file) != digest:
+        if not file.resolve().is_relative_to(directory.resolve()):
+            faults.append(f"{name} lies outside it")
+        elif not file.is_file() or file_digest(file) != digest:
             faults.append(f"{name} {'was changed or cut off' if file.is_file() else 'is missing'}")
     if faults:
         raise ValueError(f"{directory} is damaged: {', '.join(faults)}. Resume from an earlier checkpoint")

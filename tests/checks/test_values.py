@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 
 from dina_reward.checks.values import (
     check_choice,
@@ -15,6 +17,7 @@ from dina_reward.checks.values import (
     check_int,
     check_real,
     check_trainer_numbers,
+    checked_int,
     fits,
     scheduler_config_checked,
 )
@@ -83,6 +86,10 @@ TRAINER = {
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "max_steps": -1,
+    "dataloader_num_workers": 0,
+    "save_steps": 500,
+    "eval_steps": None,
+    "logging_steps": 0.1,
     "learning_rate": 1e-3,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
@@ -101,9 +108,15 @@ TRAINER = {
         ("seed", True),
         ("data_seed", -1),
         ("max_steps", -2),
+        ("max_steps", 0),
+        ("save_steps", 0),
+        ("eval_steps", -1),
+        ("logging_steps", math.nan),
+        ("dataloader_num_workers", -1),
         ("learning_rate", math.nan),
         ("gradient_accumulation_steps", 0),
         ("adam_beta1", 1.5),
+        ("adam_beta2", 1),
         ("output_dir", "a\x00b"),
     ],
 )
@@ -122,3 +135,14 @@ def test_schedules_that_cannot_be_built(name: str, wrong: object) -> None:
     assert scheduler_config_checked(right) is right
     with pytest.raises(ValueError, match=name):
         scheduler_config_checked({**right, name: wrong})
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_integers_of_any_kind(value: object) -> None:
+    assert checked_int("count", value, 3) == 3
+
+
+@pytest.mark.parametrize("value", [2, 3.0, True, np.bool_(True), torch.tensor(True), "3", None, [3], math.nan])
+def test_what_is_no_integer_or_too_small(value: object) -> None:
+    with pytest.raises(ValueError, match="count must be an integer of at least 3, got"):
+        checked_int("count", value, 3)

@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 from dina_reward.alignment.monitoring.evaluation import read_history
 from dina_reward.cli.app import app
 from dina_reward.cli.demo_run import shown_prompts
-from dina_reward.shapes.alignment import held_out_prompts
+from dina_reward.shapes.alignment import EVALUATION_IMAGES, held_out_prompts
 from dina_reward.shapes.prompts import Scene
 
 
-def test_demo_writes_and_names_its_picture(tmp_path: Path) -> None:
+def test_demo_writes_and_names_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dina_reward.shapes.alignment.EVALUATION_PROMPTS", EVALUATION_IMAGES)
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--iterations", "1"])
     assert result.exit_code == 0, result.output
     assert "latent reward (trained on)" in result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from dina_reward.cli.app import app
 from dina_reward.cli.eval_run import EvalRequest, _names, open_dataset
+from dina_reward.shapes.preferences import build_pool
 from tests.evaluation.tiny_clip import save_tiny_clip
 
 
@@ -22,6 +24,16 @@ FAST = ("--levels", "0.2,0.5", "--resamples", "100", "--device", "cpu")
 
 def invoke(*arguments: object) -> Any:
     return runner.invoke(app, ["eval", *(str(argument) for argument in arguments)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pools() -> Iterator[None]:
+    """The embedded world's pairs come from 16 latents of each source instead of 64, whose sampling takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "dina_reward.shapes.build_pool", lambda pipeline, split, count, seed: build_pool(pipeline, split, 16, seed)
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +82,7 @@ def test_shipped_reward_beside_a_clip_model(tmp_path: Path) -> None:
     clip = save_tiny_clip(tmp_path / "tiny-clip")
     output = tmp_path / "report"
     result = invoke(
-        "shapes", "shapes", "--clip", clip, "--max-pairs", 48, "--ensembles", "0.2,0.5,0.7", "--draws", "1,2",
+        "shapes", "shapes", "--clip", clip, "--max-pairs", 24, "--ensembles", "0.2,0.5,0.7", "--draws", "1,2",
         "--ensemble-kind", "tokens,mean", "--ensemble-advice", "--output", output, "--json", *FAST,
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -332,9 +332,10 @@ def test_names_must_be_unique(pairs: ImagePairs, pipeline: Any, tmp_path: Path) 
             return replace(super().__getitem__(row), a_name="image", b_name="")
 
     report = build_cache(Careless(pairs.folder, 8), pipeline, tmp_path, SETTINGS, max_broken=1, progress=False)
-    assert (report.pairs, report.broken) == (2, 6)  # pairs 0 and 4 are of one size
+    assert (report.pairs, report.broken) == (1, 7)  # pairs 0 and 4 are of one size, and of two pictures
+    assert "two images with one name: 'image' is another picture here than before" in report.first_left_out[3]
     assert "two images with one name: 'image' is 48 x 32 here, 32 x 32 before" in report.first_left_out[0]
-    assert report.images == 3  # "image" once, the nameless ones on their own
+    assert report.images == 2  # "image" once, the nameless one on its own
 
 
 def test_what_cannot_be_cached(pairs: ImagePairs, pipeline: Any, tmp_path: Path) -> None:

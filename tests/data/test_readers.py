@@ -93,7 +93,7 @@ class TestLimit:
         assert max(chosen[0]) > 100
 
     def test_positive(self) -> None:
-        with pytest.raises(ValueError, match="max_pairs_per_prompt must be positive, got 0"):
+        with pytest.raises(ValueError, match="max_pairs_per_prompt must be an integer of at least 1, got 0"):
             read_preferences(pairs_of(2), max_pairs_per_prompt=0)
 
 

@@ -56,6 +56,8 @@ def test_missing_optional_values_take_their_defaults() -> None:
         ({"p_chosen": 1.2}, r"p_chosen must lie in \[0, 1\], got 1.2"),
         ({"p_chosen": float("nan")}, r"p_chosen must lie in \[0, 1\]"),
         ({"p_chosen": "yes"}, "p_chosen must be a number"),
+        ({"p_chosen": True}, "p_chosen must be a number, got True"),
+        ({"weight": "1"}, "weight must be a number, got '1'"),
         ({"weight": -1}, "weight must be finite and not negative"),
         ({"weight": float("inf")}, "weight must be finite and not negative"),
     ],

@@ -1,11 +1,7 @@
-"""Trains the tiny policy with every algorithm and writes its weights; started by torchrun from test_algorithms.py.
-
-python algorithms_worker.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE
-"""
+"""Trains the tiny policy with every algorithm and writes its weights; a job of together.py."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -37,7 +33,5 @@ def run(output_dir: Path, batch_size: int) -> dict[str, dict[str, object]]:
     return results
 
 
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    results = run(directory, int(sys.argv[2]))
-    torch.save(results, directory / f"rank{torch.distributed.get_rank()}.pt")
+def work(directory: Path) -> None:
+    torch.save(run(directory, 3), directory / f"rank{torch.distributed.get_rank()}.pt")

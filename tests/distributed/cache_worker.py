@@ -1,22 +1,17 @@
-"""Builds a cache and notes the batches of each rank; started by torchrun from test_cache.py.
-
-python cache_worker.py IMAGES OUTPUT_DIR
-"""
+"""Builds a cache and notes the batches of each rank; a job of together.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator, skip_first_batches
 
 from dina_reward.data import BucketBatchSampler, CachedPreferences, bucketed_loader, build_cache, collate_preferences
 from dina_reward.shapes import load_pipeline
-from tests.data.cache_world import SETTINGS, make_pairs
+from tests.data.cache_world import SETTINGS, make_pairs, write_images
 
 
 PAIRS = 60
@@ -34,9 +29,12 @@ def batches(loader: Any) -> list[dict[str, Any]]:
     return [{"shape": list(batch["chosen"].shape), "sum": float(batch["chosen"].sum())} for batch in loader]
 
 
-def main(images: Path, output: Path) -> None:
+def work(output: Path) -> None:
     accelerator = Accelerator()
-    build(images, output / "cache")
+    if accelerator.is_main_process:
+        write_images(output / "images", PAIRS + 4)
+    accelerator.wait_for_everyone()
+    build(output / "images", output / "cache")
     rows = CachedPreferences(output / "cache")
     rank, world = accelerator.process_index, accelerator.num_processes
 
@@ -50,9 +48,3 @@ def main(images: Path, output: Path) -> None:
     resumed.set_epoch(1)
     result = {"world": world, "epochs": epochs, "resumed": batches(resumed)}
     (output / f"rank{rank}.json").write_text(json.dumps(result))
-    accelerator.wait_for_everyone()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,11 +1,10 @@
 """Shards a tiny policy over two ranks as accelerate's FSDP2 does, trains one step and writes what came out.
 
-python fsdp_worker.py OUTPUT_DIR
+A job of together.py.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +132,9 @@ def mixed_precision() -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    output, process = Path(sys.argv[1]), torch.distributed.get_rank()
-    assert torch.distributed.get_world_size() == 2
+def work(output: Path) -> None:
+    process = torch.distributed.get_rank()
     torch.save(
         {**{kind: run(kind, output, process) for kind in KINDS}, "mixed": mixed_precision()},
         output / f"rank{process}.pt",
     )
-    torch.distributed.destroy_process_group()

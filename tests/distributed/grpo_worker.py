@@ -1,11 +1,7 @@
-"""Trains the tiny policy and writes what each rank saw; started by torchrun from test_grpo.py.
-
-python grpo_worker.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE
-"""
+"""Trains the tiny policy and writes what each rank saw; a job of together.py."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -47,8 +43,7 @@ def run(output_dir: Path, batch_size: int) -> tuple[DiffusionGRPOTrainer, dict[s
     }
 
 
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    trainer, result = run(directory, int(sys.argv[2]))
+def work(directory: Path) -> None:
+    trainer, result = run(directory, 3)
     assert trainer.accelerator.num_processes == 2
     torch.save(result, directory / f"rank{trainer.accelerator.process_index}.pt")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOCKET_TROUBLE = ("EADDRINUSE", "address already in use", "Connection re", "Connection closed", "RendezvousConnection")
 
 
-def launch_two_processes(script: str | Path, *arguments: object) -> None:
+def launch_two_processes(script: str | Path, *arguments: object, timeout: float = 240) -> None:
     """Runs ``script`` under torchrun; another free port is tried once when the first was taken meanwhile."""
     environment = {
         **os.environ,
@@ -24,7 +24,7 @@ def launch_two_processes(script: str | Path, *arguments: object) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     for last in (False, True):
         done = subprocess.run(
-            [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
+            [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout
         )
         if done.returncode == 0:
             return

@@ -1,11 +1,7 @@
-"""Trains a tiny reward whose backbone FSDP2 shards over two gloo processes.
-
-python reward_fsdp_worker.py OUTPUT_DIR
-"""
+"""Trains a tiny reward whose backbone FSDP2 shards over two gloo processes; a job of together.py."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +106,3 @@ def work(directory: Path) -> None:
     tensors |= {f"resumed/{name}": tensor for name, tensor in whole_parameters(resumed).items()}
     tensors |= mixed_precision(directory)
     save_file(tensors, directory / f"rank{whole_run.args.process_index}.safetensors")
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
-    torch.distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,15 @@ import torch
 
 from tests.alignment.helpers import ALGORITHMS
 from tests.distributed.algorithms_worker import run
-from tests.distributed.launch import launch_two_processes
 
 
 pytestmark = pytest.mark.distributed
+JOB = "algorithms"
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    directory = tmp_path_factory.mktemp("two_ranks")
-    launch_two_processes(Path(__file__).with_name("algorithms_worker.py"), directory, 3)
+def ranks(two_processes: Callable[[str], Path]) -> list[dict[str, Any]]:
+    directory = two_processes(JOB)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

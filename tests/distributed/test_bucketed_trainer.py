@@ -1,9 +1,9 @@
-"""Two gloo processes train and evaluate on pairs of two shapes; run as a script, it is the worker."""
+"""Two gloo processes train and evaluate on pairs of two shapes; `work` is a job of together.py."""
 
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dina_reward.training import LatentRewardTrainer
-from tests.distributed.launch import launch_two_processes
 from tests.tiny_models import tiny_sd3_pipeline
 from tests.training.bucketed import BucketedPairs
 from tests.training.tiny_reward import tiny_reward, trained_parameters, training_config
+
+
+JOB = "bucketed"
 
 
 def make_trainer(directory: Path, pairs: BucketedPairs, **overrides: Any) -> LatentRewardTrainer:
@@ -32,9 +34,8 @@ def make_trainer(directory: Path, pairs: BucketedPairs, **overrides: Any) -> Lat
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    directory = tmp_path_factory.mktemp("two")
-    launch_two_processes(__file__, directory)
+def two_ranks(two_processes: Callable[[str], Path]) -> tuple[Path, list[dict[str, Any]]]:
+    directory = two_processes(JOB)
     return directory, [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -87,7 +88,3 @@ def work(directory: Path) -> None:
         save_file(trained_parameters(resumed), directory / "resumed.safetensors")
     content = {"read": read, "resumed": list(pairs.read), "metrics": metrics}
     (directory / f"rank{rank}.json").write_text(json.dumps(content))
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dina_reward.data import BucketBatchSampler, CachedPreferences
-from tests.data.cache_world import shard_bytes, write_images
-from tests.distributed.cache_worker import PAIRS, build
-from tests.distributed.launch import launch_two_processes
+from tests.data.cache_world import shard_bytes
+from tests.distributed.cache_worker import build
 
 
 pytestmark = pytest.mark.distributed
+JOB = "cache"
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    directory = tmp_path_factory.mktemp("two_ranks")
-    write_images(directory / "images", PAIRS + 4)
-    launch_two_processes(Path(__file__).with_name("cache_worker.py"), directory / "images", directory)
+def two_ranks(two_processes: Callable[[str], Path]) -> tuple[Path, list[dict[str, Any]]]:
+    directory = two_processes(JOB)
     return directory, [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from safetensors.torch import load_file
 from dina_reward.alignment.policy import Policy
 from dina_reward.training.ema import EMA_WEIGHTS_NAME
 from tests.alignment.tiny_policy import generate, make_policy, tiny_pipeline, velocity_of
-from tests.distributed.launch import launch_two_processes
 
 
 pytest.importorskip("torch.distributed.fsdp", reason="this torch has no fully_shard")
@@ -24,12 +24,12 @@ from tests.distributed.fsdp_worker import KINDS, ema_of, ema_step, step
 
 
 pytestmark = pytest.mark.distributed
+JOB = "fsdp_policy"
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    directory = tmp_path_factory.mktemp("fsdp")
-    launch_two_processes(Path(__file__).with_name("fsdp_worker.py"), directory)
+def two_ranks(two_processes: Callable[[str], Path]) -> tuple[Path, list[dict[str, Any]]]:
+    directory = two_processes(JOB)
     return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

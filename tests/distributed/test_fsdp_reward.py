@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,18 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 from dina_reward import LatentReward
 from dina_reward.training.ema import EMA_WEIGHTS_NAME
-from tests.distributed.launch import launch_two_processes
 from tests.distributed.reward_fsdp_worker import ARGUMENTS, metrics_of
 from tests.tiny_models import tiny_sd3_pipeline
 from tests.training.tiny_reward import separable_pairs, tiny_trainer, trained_parameters
 
 
 pytestmark = pytest.mark.distributed
+JOB = "fsdp_reward"
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Tensor]]]:
-    directory = tmp_path_factory.mktemp("two")
-    launch_two_processes(Path(__file__).with_name("reward_fsdp_worker.py"), directory)
+def two_ranks(two_processes: Callable[[str], Path]) -> tuple[Path, list[dict[str, Tensor]]]:
+    directory = two_processes(JOB)
     return directory, [load_file(directory / f"rank{rank}.safetensors") for rank in range(2)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ import torch
 from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
 from tests.alignment.helpers import lora_tensors, tiny_trainer
 from tests.distributed.grpo_worker import run
-from tests.distributed.launch import launch_two_processes
 
 
 pytestmark = pytest.mark.distributed
+JOB = "grpo"
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    directory = tmp_path_factory.mktemp("two_ranks")
-    launch_two_processes(Path(__file__).with_name("grpo_worker.py"), directory, 3)
+def two_ranks(two_processes: Callable[[str], Path]) -> tuple[Path, list[dict[str, Any]]]:
+    directory = two_processes(JOB)
     return directory, [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 

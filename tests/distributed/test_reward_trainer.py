@@ -1,9 +1,9 @@
-"""Two gloo processes train the same reward as one process with twice the batch; run as a script, it is the worker."""
+"""Two gloo processes train the same reward as one process with twice the batch; `work` is a job of together.py."""
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dina_reward.training.pair_noise import NoisedPairs, PairNoiser
-from tests.distributed.launch import launch_two_processes
 from tests.training.tiny_reward import tiny_trainer, trained_parameters
 
 
+JOB = "reward"
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    directories = {name: tmp_path_factory.mktemp(name) for name in ("one", "two")}
-    work(directories["one"], batch_size=8)
-    launch_two_processes(__file__, directories["two"], 4)
-    return directories
+def runs(two_processes: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    alone = tmp_path_factory.mktemp("one")
+    work(alone, batch_size=8)
+    return {"one": alone, "two": two_processes(JOB)}
 
 
 @pytest.mark.distributed
@@ -72,7 +71,7 @@ class RecordingNoiser:
         return pairs
 
 
-def work(output_dir: Path, batch_size: int) -> None:
+def work(output_dir: Path, batch_size: int = 4) -> None:
     trainer = tiny_trainer(
         output_dir,
         per_device_train_batch_size=batch_size,
@@ -94,7 +93,3 @@ def work(output_dir: Path, batch_size: int) -> None:
     tensors = {f"parameter/{name}": tensor for name, tensor in trained_parameters(trainer).items()}
     tensors |= {"noise": torch.stack(noiser.drawn), "metrics": torch.tensor(metrics)}
     save_file(tensors, output_dir / f"rank{trainer.args.process_index}.safetensors")
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]))

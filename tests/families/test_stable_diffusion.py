@@ -164,7 +164,7 @@ def test_states_of_unknown_scale_are_refused_and_scaled_by_the_scheduler_that_is
         reward.score_noisy(unscaled, PROMPTS, timesteps=time)
     with pytest.raises(ValueError, match="`scheduler` goes with its `timesteps`"):
         reward.score_noisy(unscaled, PROMPTS, noise_level=level, scheduler=euler)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got -1"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got -1"):
         reward.score_noisy(unscaled, PROMPTS, noise_level=level, batch_size=-1)
 
 

@@ -1,6 +1,6 @@
 """Kills runs of every alignment trainer between and during saves, and resumes them; started from test_kill_and_resume.py.
 
-python kill_worker.py OUTPUT_DIR
+python kill_worker.py OUTPUT_DIR ALGORITHM [ALGORITHM ...]
 
 Each run trains in a forked child that ends by SIGKILL. The parent then resumes it from the last whole checkpoint, and
 writes for every case whether weights and averages equal those of the uninterrupted run bit for bit.
@@ -8,6 +8,7 @@ writes for every case whether weights and averages equal those of the uninterrup
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from tests.alignment.helpers import ALGORITHMS, algorithm_trainer, lora_tensors
+from tests.alignment.helpers import algorithm_trainer, lora_tensors
 
 
 COMMON: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
@@ -67,9 +68,9 @@ def everything(trainer: Any) -> dict[str, torch.Tensor]:
         return {**weights, **{f"average {name}": tensor for name, tensor in lora_tensors(trainer).items()}}
 
 
-def main(output: Path) -> None:
+def main(output: Path, names: list[str]) -> None:
     report = {}
-    for name in ALGORITHMS:
+    for name in names:
         straight = algorithm_trainer(name, output / name / "straight", **COMMON)
         straight.train()
         expected = everything(straight)
@@ -92,4 +93,5 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    gc.freeze()  # see tests/conftest.py
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -5,6 +5,7 @@ python reward_kill_worker.py OUTPUT_DIR
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -82,4 +83,5 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # see tests/conftest.py
     main(Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,17 @@ def test_recipe_equals_the_measured_run(recipe: str, config_class: Any, measured
     assert different == {}
 
 
-@pytest.mark.parametrize("config", EMBEDDED, ids=lambda config: config.name)
+def one_of_each_script_by_default(configs: list[RecipeConfig]) -> Iterator[Any]:
+    """All configurations; those whose script an earlier one runs are slow."""
+    scripts: set[str] = set()
+    for config in configs:
+        assert config.launch is not None
+        again = config.launch.recipe in scripts
+        scripts.add(config.launch.recipe)
+        yield pytest.param(config, id=config.name, marks=[pytest.mark.slow] if again else [])
+
+
+@pytest.mark.parametrize("config", one_of_each_script_by_default(EMBEDDED))
 def test_every_embedded_recipe_runs(config: RecipeConfig, tmp_path: Path) -> None:
     launch = config.launch
     assert launch is not None

@@ -123,8 +123,28 @@ def test_fold_seed_separates_streams() -> None:
         ({"noise": torch.zeros(3, 2, 3, 3)}, r"noise has shape \(1, 3, 2, 3, 3\)|noise has shape"),
         ({"noise": torch.zeros(4, 2, 3)}, "noise has shape"),
         ({"num_samples": 0}, "at least 1"),
+        ({"num_samples": 1.5}, "an integer of at least 1 and at most 65536, got 1.5"),
+        ({"generator": 1}, "must be a torch.Generator, got int"),
+        ({"noise": LATENTS, "share_noise": True}, "share_noise=True has no effect on `noise`"),
+        ({"noise": LATENTS.bool()}, "floating-point torch.Tensor, .*got a tensor of torch.bool"),
+        ({"noise": LATENTS + torch.inf}, "NaN or infinite"),
     ],
 )
 def test_bad_noise_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw_noise(LATENTS, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "seed", [1.5, "12", {1, 2, 3, 4}, {0: 1}, True, [1.0, 2, 3, 4], torch.tensor(1.5), 2**64, b"ab"]
+)
+def test_seeds_of_levels_are_checked_like_others(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        draw_noise(LATENTS, seed=seed)
+    with pytest.raises(ValueError, match="seed"):
+        draw_level_noise(LATENTS, (0.2, 0.5), seed=seed)
+
+
+@pytest.mark.parametrize("seed", [np.int64(7), np.array(7), torch.tensor(7)])
+def test_levels_take_integers_of_any_kind(seed: Any) -> None:
+    assert torch.equal(draw_level_noise(LATENTS, (0.2,), seed=seed), draw_level_noise(LATENTS, (0.2,), seed=7))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_missing_and_damaged_files_of_a_checkpoint_are_named(tmp_path: Path) -> 
     (tmp_path / "scheduler.pt").unlink()
     with pytest.raises(ValueError, match=r"damaged: ema/weights was changed or cut off, scheduler\.pt is missing"):
         check_digests(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "ema/../../secret"])
+def test_digests_name_files_of_the_checkpoint_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "checkpoint_files.json").write_text(json.dumps({name: "0"}))
+    with pytest.raises(ValueError, match="lies outside it"):
+        check_digests(tmp_path / "checkpoint")
 
 
 def test_datasets_are_known_by_their_content() -> None:

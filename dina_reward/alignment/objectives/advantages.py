@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from dina_reward.checks.values import check_choice, is_real
+
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -74,8 +76,8 @@ def compute_advantages(
     """
     rewards = _checked_rewards(rewards, group_ids)
     weights = _checked_weights(reward_weights, rewards)
-    _check_choice("scale_rewards", scale_rewards, get_args(ScaleRewards))
-    _check_choice("multi_objective_aggregation", multi_objective_aggregation, get_args(Aggregation))
+    check_choice("scale_rewards", scale_rewards, get_args(ScaleRewards))
+    check_choice("multi_objective_aggregation", multi_objective_aggregation, get_args(Aggregation))
     _, group_index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
     if int(counts.min()) < 2:
         raise ValueError(
@@ -278,6 +280,11 @@ def _mean_and_std(values: Tensor) -> tuple[float, float]:
 
 
 def _checked_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    for name, values in (("rewards", rewards), ("group_ids", group_ids)):
+        if not isinstance(values, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+    if rewards.is_complex() or rewards.dtype == torch.bool:
+        raise ValueError(f"rewards must be numbers, got {rewards.dtype}")
     if rewards.ndim == 1:
         rewards = rewards[:, None]
     if rewards.ndim != 2 or group_ids.shape != rewards.shape[:1]:
@@ -306,6 +313,8 @@ def _check_not_infinite(rewards: Tensor) -> None:
 def _checked_weights(reward_weights: Sequence[float] | None, rewards: Tensor) -> Tensor:
     if reward_weights is None:
         return rewards.new_ones(rewards.shape[1])
+    if not isinstance(reward_weights, (list, tuple)) or not all(is_real(weight) for weight in reward_weights):
+        raise ValueError(f"reward_weights must be a list of finite numbers, got {reward_weights!r:.80}")
     if len(reward_weights) != rewards.shape[1]:
         raise ValueError(
             f"{len(reward_weights)} reward_weights for {rewards.shape[1]} reward functions; give one each"
@@ -314,8 +323,3 @@ def _checked_weights(reward_weights: Sequence[float] | None, rewards: Tensor) ->
     if not bool((weights != 0).any()):
         raise ValueError("all reward_weights are 0, so there is nothing to train on")
     return weights
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

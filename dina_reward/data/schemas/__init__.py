@@ -38,7 +38,7 @@ def find_schema(columns: Iterable[str], name: str | None = None) -> Schema:
     """
     present = set(columns)
     if name is not None:
-        if name not in SCHEMAS:
+        if not isinstance(name, str) or name not in SCHEMAS:
             raise ValueError(f"unknown schema {name!r}; expected one of {sorted(SCHEMAS)}")
         schema = SCHEMAS[name]
         if schema.missing(present):

@@ -97,7 +97,7 @@ def _optional_number(columns: Columns, name: str, upper: float) -> np.ndarray:
     """A column of numbers between 0 and ``upper``; 1 where it is not there or has no value."""
     if not columns.has(name):
         return np.ones(columns.rows)
-    values = columns.number(name, optional=True)
+    values = columns.number(name, optional=True, nan_is_missing=False)
     outside = (values < 0) | (values > upper)
     columns.defects.mark(outside, f"{name} is not between 0 and {upper:g}", values)
     return np.where(np.isnan(values) | outside, 1.0, values)

@@ -91,6 +91,21 @@ def test_training_with_evaluation_writes_history_and_pictures(tmp_path):
     assert [line["step"] for line in evaluations] == [0, 2, 4]
 
 
+def test_a_resumed_run_is_not_evaluated_at_its_start_again(tmp_path):
+    settings = {
+        "max_steps": 4,
+        "eval_strategy": "no",
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    tiny_trainer(tmp_path, eval_dataset=PROMPTS[:2], eval_num_images=0, **settings).train()
+    resumed = tiny_trainer(tmp_path, eval_dataset=PROMPTS[:2], eval_num_images=0, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [line.step for line in read_history(tmp_path / HISTORY_NAME)] == [0]
+    assert resumed.args.eval_on_start
+
+
 def test_evaluation_is_repeatable_and_uses_the_average(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=4, eval_dataset=PROMPTS, eval_num_images=0, ema_decay=0.99)
     trainer.train()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ class TestTRL:
             [0.8, 1]
         )
         assert reader.labels.weight.tolist() == [2, 1]
+
+    def test_a_label_that_is_nan_is_broken_and_one_that_is_missing_is_sure(self, tmp_path: Path) -> None:
+        row = {"prompt": "a", "chosen": LATENT.tolist(), "rejected": LATENT.tolist()}
+        rows = [{**row, "p_chosen": label} for label in (0.5, float("nan"), None)]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        reader = read_preferences(tmp_path / "rows.json", max_broken=0.5)
+        assert max(reader.labels.p_a.tolist()) == 1 or min(reader.labels.p_a.tolist()) == 0
+        assert (len(reader), reader.report.count) == (2, 1)
+        assert "p_chosen is NaN" in str(reader.report)
 
     @pytest.mark.parametrize("dtype", ["float16", "float32"])
     @pytest.mark.parametrize("fixed", [True, False])
