@@ -130,7 +130,7 @@ def test_from_images_to_an_evaluation(tmp_path: Path, run_example: RunExample) -
 
 
 @pytest.mark.slow
-def test_better_samples_without_training(run_example: RunExample) -> None:
+def test_better_samples_without_training(tmp_path: Path, run_example: RunExample) -> None:
     output = run_example("08_better_samples_without_training.py", "6")
     calls = re.findall(r"^(\S.*?) +fit 0\.\d+  cleanness 0\.\d+  (\d+) denoiser calls", output, re.MULTILINE)
     found = {name: int(count) for name, count in calls}
@@ -151,7 +151,7 @@ def test_readme_commands_name_existing_files(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_distill_a_judge_and_refresh(run_example: RunExample) -> None:
+def test_distill_a_judge_and_refresh(tmp_path: Path, run_example: RunExample) -> None:
     output = run_example("09_distill_a_judge_and_refresh.py", "4", "6")
     assert re.search(r"\d+ judgements of \d+ of \d+ samples made \d+ pairs", output)
     assert re.search(r"\d+ judgements in 1 refreshes", output)
