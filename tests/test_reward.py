@@ -356,7 +356,7 @@ def bad_latents(kind: str, latents: Tensor) -> Any:
     [
         ("list", "must be a torch.Tensor, got list"),
         ("integer", "dtype torch.uint8; expected floating-point"),
-        ("rank", r"shape \(16, 8, 8\); sd3 takes latents of shape \(batch, 16"),
+        ("rank", r"without a batch dimension; pass latents\[None\]"),
         ("packed", "packed latents"),
         ("channels", "4 channels"),
         ("odd", "multiple of 2"),
