@@ -16,11 +16,15 @@ from typing import Any
 EXTRAS = {
     "bitsandbytes": "train",
     "datasets": "train",
+    "h11": "serve",
     "matplotlib": "train",
+    "prometheus_client": "serve",
     "pyarrow": "train",
     "rich": "train",
+    "starlette": "serve",
     "trl": "train",
     "typer": "train",
+    "uvicorn": "serve",
 }
 """Libraries that the base installation leaves out, and the extra that brings each; no module that is imported needs more."""
 

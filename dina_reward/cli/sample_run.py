@@ -9,12 +9,12 @@ from typing import Any
 
 from dina_reward.alignment.monitoring.pictures import save_picture
 from dina_reward.checkpoints import resolve_checkpoint
-from dina_reward.cli.console import reward_path
 from dina_reward.cli.score_run import load_pipeline
 from dina_reward.recipes.alignment import WORLDS
 from dina_reward.reward import LatentReward
 from dina_reward.search import SearchResult, result_grid, search, write_page
 from dina_reward.shapes.text import MAX_PROMPT_TOKENS
+from dina_reward.shipped import reward_path
 
 
 def sample_prompts(

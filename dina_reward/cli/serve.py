@@ -76,10 +76,10 @@ def serve(
     import sys
     from functools import partial
 
-    from dina_reward.cli.console import pipeline_path, reward_path
     from dina_reward.serving import ServingConfig, load_served_reward
     from dina_reward.serving import serve as run
     from dina_reward.serving.settings import MIB, read_token
+    from dina_reward.shipped import pipeline_path, reward_path
 
     config = ServingConfig(
         max_batch_size=max_batch_size,

@@ -31,7 +31,7 @@ def add_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     excluded = getattr(config, "exclude_modules", None)
     if EXCLUDES or not excluded:
         return get_peft_model(model, config)
-    explicit = copy.copy(config)
+    explicit: Any = copy.copy(config)
     names = [name for name, _ in model.named_modules() if _is_of(name, config.target_modules)]
     explicit.target_modules = {name for name in names if not _is_of(name, excluded)}
     wrapped = get_peft_model(model, explicit)

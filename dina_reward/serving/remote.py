@@ -163,7 +163,7 @@ class RemoteReward:
             own = {"noise": draw_noise(latents, num_samples=num_noise_samples, seed=seed, **source).movedim(1, 0)}
         else:
             levels = self._noise_process().snap(self.config.noise_level if noise_level is None else noise_level).level
-            draws = draw_level_noise(latents, levels.tolist(), num_samples=num_noise_samples, seed=seed, **source)  # type: ignore[arg-type]
+            draws = draw_level_noise(latents, levels.tolist(), num_samples=num_noise_samples, seed=seed, **source)
             own = {"noise": draws.movedim(2, 0)}
         text = _Text(prompts, Conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask), len(latents))  # type: ignore[arg-type]
         return _joined(self._send({"latents": latents, **own}, text, options, batch_size), given.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dina_reward.checks.values import check_fields
 
@@ -65,10 +65,10 @@ class ServingConfig:
             "max_draws",
         )
         seconds = ("request_timeout", "body_timeout", "header_timeout")
+        ranges: dict[str, Any] = {**dict.fromkeys(counts, (1, 1 << 48)), **dict.fromkeys(seconds, (1e-3, 86_400))}
         check_fields(
             self,
-            **dict.fromkeys(counts, (1, 1 << 48)),
-            **dict.fromkeys(seconds, (1e-3, 86_400)),
+            **ranges,
             max_wait_ms=(0, 60_000),
             drain_seconds=(0, 86_400),
             shutdown_timeout=(0, 86_400),

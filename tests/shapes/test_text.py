@@ -60,7 +60,7 @@ def test_pooled_embeddings_tell_all_attributes_of_held_out_scenes(tokenizer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", (1, 2))
+@pytest.mark.parametrize("seed", [1, 2])
 def test_pooled_embeddings_are_nearly_sums_over_words_and_hear_each_word(tokenizer, seed):
     scenes = all_scenes()
     pooled = new_text_encoder(tokenizer, seed)(tokenize(tokenizer, [scene.caption for scene in scenes])).text_embeds
