@@ -102,7 +102,7 @@ def serve(
     access.propagate = False
     load = partial(
         load_served_reward,
-        reward_path(model_path),
+        str(reward_path(model_path)),
         None if base_model_path is None else pipeline_path(base_model_path),
         dtype=dtype.value,
         device=device,
