@@ -16,7 +16,6 @@ from typing import Any
 EXTRAS = {
     "bitsandbytes": "train",
     "datasets": "train",
-    "h11": "serve",
     "matplotlib": "train",
     "prometheus_client": "serve",
     "pyarrow": "train",
