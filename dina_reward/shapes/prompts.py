@@ -62,7 +62,8 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """Whether no training ever sees this scene; see `all_scenes`."""
-        return sum(self.indices) % 3 == 0
+        _, color, shape, background = self.indices
+        return (color + shape + background) % 3 == 0
 
     @classmethod
     def from_indices(cls, indices: Sequence[int]) -> Scene:
@@ -92,9 +93,9 @@ def as_scene(scene: Scene | str) -> Scene:
 def all_scenes(split: str | None = None) -> list[Scene]:
     """Every scene of a split in a fixed order: 96 for "train", 48 for "held_out", 144 for `None`.
 
-    For each size, color and shape exactly one background is held out, another one at the other size, so that every
-    value occurs in both splits equally often, and every three of a held-out scene's four values occur together in
-    training: what is held out is how they combine, and nothing else tells a held-out scene apart.
+    For each color and shape exactly one background is held out, at both sizes, so that every attribute value occurs in
+    both splits equally often, and every pair of values occurs in training, while no held-out triple (color, shape,
+    background) does.
     """
     scenes = [Scene(*values) for values in itertools.product(*ATTRIBUTES.values())]
     if split is None:

@@ -25,16 +25,9 @@ HIDDEN_SIZE = 64
 PROJECTION_SIZE = 64
 
 EMBEDDING_STD = {"token_embedding": 1.0, "position_embedding": 0.5}
-"""Deviation of the random embeddings; the other matrices get `GAINS` / sqrt(width)."""
+"""Deviation of the random embeddings; the other matrices get 1 / sqrt(width)."""
 
-GAINS = {"q_proj": 0.1, "k_proj": 0.1, "v_proj": 1.5, "out_proj": 1.5, "fc1": 0.3}
-"""Attention looks at all words nearly alike and layers are nearly linear: 98 % of the variance of pooled embeddings is a sum
-over the words. Random layers that mix words more give each caption a code of its own, and what is trained on those learns
-captions by heart instead of words."""
-
-SPECIAL_TOKENS = ("<pad>", "<bos>", "<unk>", "<eos>")
-"""`<eos>` is not number 2, for which `CLIPTextModel` would pool at the token of the highest number: the background."""
-
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 STOP_WORDS = ("a", "an", "the", "on", "background")
 """Words that tell nothing; the tokenizers drop them, so that a caption takes four tokens and the text stream is short."""
 
@@ -71,8 +64,8 @@ def new_text_encoder(
 ) -> CLIPTextModelWithProjection | CLIPTextModel:
     """A frozen random text encoder whose outputs tell every word and its place apart.
 
-    Word embeddings get unit variance and values a gain above one, far more than the usual initialisation, so that captions
-    that differ in one word, whichever it is, have clearly different pooled embeddings.
+    Word embeddings get unit variance and the linear layers unit gain, far more than the usual initialisation, so that
+    attention mixes the words strongly and captions that differ in one word have clearly different pooled embeddings.
 
     Args:
         tokenizer (PreTrainedTokenizerFast): gives the vocabulary.
@@ -97,8 +90,7 @@ def new_text_encoder(
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
             if parameter.ndim == 2:
-                layer = name.rsplit(".", 2)[-2]
-                std = EMBEDDING_STD.get(layer, GAINS.get(layer, 1.0) * HIDDEN_SIZE**-0.5)
+                std = EMBEDDING_STD.get(name.rsplit(".", 2)[-2], HIDDEN_SIZE**-0.5)
                 parameter.normal_(std=std, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
