@@ -182,7 +182,9 @@ def load_encoders(name: str, dtype: str, device: str | torch.device, *, text: bo
 
     from dina_reward.backbones.pipelines import load_pipeline, pipeline_index
     from dina_reward.families import family_of_class
+    from dina_reward.shipped import pipeline_path
 
+    name = pipeline_path(name)
     try:
         index = pipeline_index(name)
         family = family_of_class(getattr(diffusers, index["_class_name"]))

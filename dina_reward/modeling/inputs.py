@@ -54,7 +54,7 @@ def unscaled_note(latents: Tensor, pipeline: Any) -> str | None:
     `scaling_factor` is near 1 the two cannot be told apart, and nothing is said.
     """
     config = getattr(getattr(pipeline, "vae", None), "config", None)
-    if config is None or config.get("latents_mean") is not None:
+    if config is None or config.get("latents_mean") is not None or config.get("scaling_factor") is None:
         return None
     unscaled, spread = 1 / float(config["scaling_factor"]), float(latents.detach().float().std())
     if latents[0].numel() < 2 or spread <= 0 or abs(math.log(unscaled)) < 0.3:

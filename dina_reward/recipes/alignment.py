@@ -107,41 +107,26 @@ def align(
 def main(algorithm: str, args: Sequence[str]) -> None:
     """Parses a command line as the recipe of an algorithm does, and aligns.
 
-    Args:
-        algorithm: one of `ALGORITHMS`, or the name of a configuration, which stands for its algorithm and ``--config``.
-        args: further options.
-
     Raises:
-        ValueError: no such algorithm or configuration, or options that do not fit.
+        ValueError: no such algorithm, or options that do not fit.
     """
-    from dina_reward import alignment, search
-    from dina_reward.recipes.arguments import ConfigParser
+    from dina_reward.recipes.arguments import ConfigParser, did_you_mean
 
     if algorithm not in ALGORITHMS:
-        algorithm, args = _algorithm_of(algorithm, args)
+        guess = did_you_mean(algorithm, ALGORITHMS)
+        raise ValueError(f"no algorithm {algorithm!r}{guess or '; there are ' + ', '.join(ALGORITHMS)}")
+    config_class, trainer_class = classes_of(algorithm)
+    arguments, config = ConfigParser((RecipeArguments, config_class)).parse_args_and_config(args)
+    align(trainer_class, arguments, config)
+
+
+def classes_of(algorithm: str) -> tuple[type[AlignmentConfig], type[AlignmentTrainer]]:
+    """Configuration and trainer of an algorithm."""
+    from dina_reward import alignment, search
+
     config_class, trainer_class = ALGORITHMS[algorithm]
     home = search if trainer_class in search.__all__ else alignment
-    parser = ConfigParser((RecipeArguments, getattr(home, config_class)))
-    arguments, config = parser.parse_args_and_config(args)
-    align(getattr(home, trainer_class), arguments, config)
-
-
-def _algorithm_of(name: str, args: Sequence[str]) -> tuple[str, list[str]]:
-    """The algorithm of a configuration and the options that name it."""
-    from dina_reward.recipes.arguments import did_you_mean
-    from dina_reward.recipes.configs import configs_of, find_directory
-
-    launches = {config.name: config for config in configs_of(find_directory()) if config.launch is not None}
-    recipes = {name: config.launch.recipe for name, config in launches.items() if config.launch is not None}
-    if recipes.get(name) in ALGORITHMS:
-        return recipes[name], ["--config", str(launches[name].path), *args]
-    if name in recipes:
-        raise ValueError(f"{name} is a configuration of recipes/{recipes[name]}.py, which aligns nothing")
-    known = [*ALGORITHMS, *(name for name, recipe in recipes.items() if recipe in ALGORITHMS)]
-    guess = (
-        did_you_mean(name, known) or f"; there are {', '.join(ALGORITHMS)}, and what `dina-reward recipes list` shows"
-    )
-    raise ValueError(f"no algorithm or configuration {name!r}{guess}")
+    return getattr(home, config_class), getattr(home, trainer_class)
 
 
 def load_models(arguments: RecipeArguments, device: torch.device | str) -> tuple[Any, LatentReward | RemoteReward]:

@@ -19,7 +19,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments
+from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments, classes_of
 from dina_reward.recipes.arguments import SHIPPED, ConfigParser, did_you_mean
 
 
@@ -205,11 +205,11 @@ def _known_dataclasses(recipe: str) -> tuple[type, ...]:
         from dina_reward.training import LatentRewardTrainingConfig
 
         return TrainRewardArguments, LatentRewardTrainingConfig
-    if recipe not in ALGORITHMS:
-        return ()
-    from dina_reward import alignment
+    if recipe == "distill_reward":
+        from dina_reward.recipes.distillation import DistillArguments, DistillTrainingConfig
 
-    return RecipeArguments, getattr(alignment, ALGORITHMS[recipe][0])
+        return DistillArguments, DistillTrainingConfig
+    return (RecipeArguments, classes_of(recipe)[0]) if recipe in ALGORITHMS else ()
 
 
 def check_config(

@@ -126,7 +126,9 @@ def test_a_kill_between_the_renames_loses_nothing(sd3_pipeline: Any, native: Pat
     assert LatentReward.from_pretrained(native, pipeline=sd3_pipeline).config.num_layers == 2
 
 
-@pytest.mark.skipif(not EXCLUDES, reason="PEFT before 0.14 does not know a setting of the adapter that newer ones write")
+@pytest.mark.skipif(
+    not EXCLUDES, reason="PEFT before 0.14 does not know a setting of the adapter that newer ones write"
+)
 def test_plain_peft_reads_the_adapter(sd3_pipeline: Any, native: Path) -> None:
     from peft import PeftModel
 

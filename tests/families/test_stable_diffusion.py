@@ -288,7 +288,7 @@ def test_prompts_are_padded_to_the_tokenizers_length(pipeline: Any) -> None:
         ((2, 16, 64), r"got packed latents of shape \(2, 16, 64\)"),
         ((2, 4, 1, 8, 8), r"with a frame dimension of shape \(2, 4, 1, 8, 8\)"),
         ((2, 16, 8, 8), r"have 16 channels.*\(batch, 4, height, width\)"),
-        ((4, 8, 8), "packed"),
+        ((4, 8, 8), r"one latent of shape \(4, 8, 8\) without a batch dimension; pass latents\[None\]"),
         ((2, 4, 0, 8), "have shape"),
     ],
 )

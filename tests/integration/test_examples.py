@@ -50,7 +50,7 @@ def test_every_example_is_short_and_tested_here() -> None:
         "09_distill_a_judge_and_refresh.py",
     ]
     for name in names:
-        assert len((EXAMPLES / name).read_text().splitlines()) < (102 if name.startswith("04") else 65)
+        assert len((EXAMPLES / name).read_text().splitlines()) < (104 if name.startswith("04") else 65)
 
 
 def test_score_latents_as_a_newcomer_does(tmp_path: Path) -> None:
@@ -101,9 +101,9 @@ def test_the_swapped_in_reward_makes_the_generator_hear_more(run_example: RunExa
     assert float(fit_after) > float(fit_before) + 0.04
 
 
-def test_the_reward_takes_five_marked_lines() -> None:
+def test_the_reward_takes_four_marked_lines() -> None:
     lines = (EXAMPLES / "04_swap_into_your_loop.py").read_text().splitlines()
-    assert sum(line.endswith("# + reward") for line in lines) == 5
+    assert sum(line.endswith("# + reward") for line in lines) == 4
 
 
 @pytest.mark.slow

@@ -107,7 +107,11 @@ def test_checkpoints_without_a_likelihood_are_thurstone(tmp_path: Path, sd3_pipe
 @pytest.mark.parametrize(
     ("likelihood", "loss_type", "advice"),
     [
-        ("thurstone", "bradley_terry", "set loss_type to 'thurstone_fidelity', 'thurstone_nll', or likelihood="),
+        (
+            "thurstone",
+            "bradley_terry",
+            "set loss_type to 'thurstone_fidelity', 'thurstone_nll', 'gaussian', or likelihood=",
+        ),
         ("bradley_terry", "thurstone_nll", "set loss_type to 'bradley_terry', or likelihood='thurstone'"),
     ],
 )
