@@ -1,4 +1,4 @@
-"""LoRAs as the newest PEFT makes them, under older ones too: that leave layers out (0.14), and are float32 (0.12)."""
+"""LoRAs that leave layers out, also under PEFT before 0.14, which has no ``exclude_modules``."""
 
 from __future__ import annotations
 
@@ -27,15 +27,7 @@ def new_lora_config(**options: Any) -> LoraConfig:
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
-    """`peft.get_peft_model` with a float32 LoRA, and without the layers that ``exclude_modules`` names."""
-    wrapped = _wrapped(model, config)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
-    return wrapped
-
-
-def _wrapped(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """`peft.get_peft_model`, with the layers that ``exclude_modules`` names left out under every version."""
     excluded = getattr(config, "exclude_modules", None)
     if EXCLUDES or not excluded:
         return get_peft_model(model, config)
