@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_reward_itself(
     torch.testing.assert_close(here.level_scores, there.level_scores, rtol=0, atol=5e-6)
     assert (here.noise_std is None) == (there.noise_std is None)
     if here.noise_std is not None:
-        assert torch.equal(here.noise_std, there.noise_std)  # type: ignore[arg-type]
+        torch.testing.assert_close(here.noise_std, there.noise_std, rtol=0, atol=5e-6)
 
 
 def test_a_generator_draws_here(
