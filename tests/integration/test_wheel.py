@@ -91,7 +91,8 @@ def test_recipes_are_listed_and_run(installed: Path, tmp_path: Path) -> None:
         installed, tmp_path, *dina_reward, "align", "flow_grpo_shapes", "--max_steps", "2", "--output_dir", "a", *small
     )
     assert (tmp_path / "a" / "pytorch_lora_weights.safetensors").is_file()
-    few = ("--max_steps", "1", "--max_train_pairs", "64", "--dataset_test_split", "null", "--output_dir", "reward")
+    few = ("--max_steps", "1", "--max_train_pairs", "64", "--dataset_test_split", "null", "--eval_strategy", "no")
+    few += ("--output_dir", "reward")
     run(installed, tmp_path, *dina_reward, "train", "train_reward_shapes", *few)
     assert (tmp_path / "reward" / "head.safetensors").is_file()
     run(installed, tmp_path, *dina_reward, "demo", "--iterations", "1", "--output", "demo")
