@@ -320,10 +320,11 @@ class LatentReward(PretrainedReward):
         return None if pipeline is None else self.family.embeds_length(pipeline, self.config.max_sequence_length)
 
     def _warn_once(self, kind: str, note: Callable[[], str | None]) -> None:
-        """Says what looks wrong but may be right, the first time that it does."""
-        text = None if kind in self._warned else note()
-        if text is not None:
-            self._warned.add(kind)
+        """Says what looks wrong but may be right; looks at the first call alone, since to look waits for the device."""
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        if (text := note()) is not None:
             warnings.warn(text, stacklevel=3)
 
     def _points(self, noise_level: NoiseLevel | None) -> NoisePoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -525,3 +526,28 @@ def test_config_round_trip_and_unknown_keys() -> None:
         LatentRewardConfig.from_dict({**CONFIG.to_dict(), "head": {"depth": 3}})
     with pytest.raises(ValueError, match="incomplete reward configuration"):
         LatentRewardConfig.from_dict({"family": "sd3"})
+
+
+def test_latents_for_the_decoder_get_one_warning(sd3_pipeline: Any) -> None:
+    config = sd3_pipeline.vae.config
+    scaled = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    for_decoder = scaled / config.scaling_factor + config.shift_factor
+    with pytest.warns(
+        UserWarning, match=r"a standard deviation of 0\.6\d; .* near 0\.65: pass the latents as the pipeline"
+    ):
+        (reward := make_reward(sd3_pipeline))(for_decoder, "a cat", seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        reward(for_decoder, "a cat", seed=0)
+        make_reward(sd3_pipeline)(scaled, "a cat", seed=0)
+
+
+def test_embeddings_of_another_length_get_one_warning(sd3_pipeline: Any) -> None:
+    reward, latents = make_reward(sd3_pipeline), torch.randn(1, 16, 16, 16)
+    text = reward.encode_prompts(["a cat"])[0]
+    longer = torch.nn.functional.pad(text.prompt_embeds, (0, 0, 0, 3))
+    length = text.prompt_embeds.shape[1]
+    with pytest.warns(
+        UserWarning, match=f"prompt_embeds have {length + 3} tokens; this reward encodes prompts to {length}"
+    ):
+        reward(latents, prompt_embeds=longer, pooled_prompt_embeds=text.pooled_prompt_embeds, seed=0)

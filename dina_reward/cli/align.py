@@ -11,7 +11,10 @@ def align(
     context: typer.Context,
     algorithm: Annotated[
         str,
-        typer.Argument(help="flow_grpo, grpo, ddpo, nft, online_dpo, refl; or a configuration.", show_default=False),
+        typer.Argument(
+            help="flow_grpo, grpo, ddpo, nft, online_dpo, refl, distill_search or a configuration.",
+            show_default=False,
+        ),
     ] = "--help",
 ) -> None:
     """Aligns a generator: `dina-reward align flow_grpo --config recipe.yaml`; `flow_grpo --help` lists every option.

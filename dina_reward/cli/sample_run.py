@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dina_reward.alignment.monitoring.pictures import save_picture
-from dina_reward.checkpoints import resolve_checkpoint
 from dina_reward.cli.score_run import load_pipeline
-from dina_reward.recipes.alignment import WORLDS
 from dina_reward.reward import LatentReward
 from dina_reward.search import SearchResult, result_grid, search, write_page
 from dina_reward.shapes.text import MAX_PROMPT_TOKENS
-from dina_reward.shipped import reward_path
+from dina_reward.shipped import WORLDS
 
 
 def sample_prompts(
@@ -43,8 +41,7 @@ def sample_prompts(
             f"name a reward on {pipeline!r} with --reward; only 'shapes' and 'shapes-ddpm' have one of their own"
         )
     loaded = load_pipeline(pipeline, device=device, dtype=dtype)
-    directory = resolve_checkpoint(reward_path(reward or pipeline))
-    scorer = LatentReward.from_pretrained(directory, pipeline=loaded, share_backbone=True)
+    scorer = LatentReward.from_pretrained(reward or pipeline, pipeline=loaded, share_backbone=True)
     if pipeline in WORLDS and options.get("max_sequence_length") is None:
         options["max_sequence_length"] = MAX_PROMPT_TOKENS
     return search(loaded, scorer, list(prompts), **options)

@@ -58,3 +58,9 @@ def test_recipes_take_addresses() -> None:
     arguments = RecipeArguments("shapes", "http://127.0.0.1:9, https://other:8000/", "shapes")
     _, reward = recipes.load_models(arguments, "cpu")
     assert repr(reward) == "RemoteReward(http://127.0.0.1:9, https://other:8000)"
+
+
+def test_conservative_scores_need_the_reward_itself(tiny: LatentReward, tmp_path: Path) -> None:
+    message = r"reward_kappa=0\.5 needs a LatentReward; RemoteReward scores on a server"
+    with running(tiny) as server, pytest.raises(ValueError, match=message):
+        tiny_trainer(tmp_path, reward_funcs=RemoteReward(server.url), reward_kappa=0.5)

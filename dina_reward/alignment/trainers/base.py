@@ -357,8 +357,8 @@ def _reward_set(functions: Sequence[RewardFunction], args: AlignmentConfig, poli
         "num_noise_samples": args.reward_num_noise_samples,
     }
     if args.reward_kappa:
-        for function in filter(is_latent_reward, functions):
-            if not isinstance(unwrapped(function), LatentReward):
+        for function in map(unwrapped, functions):
+            if is_latent_reward(function) and not isinstance(function, LatentReward):
                 raise ValueError(
                     f"reward_kappa={args.reward_kappa} needs a LatentReward; {type(function).__name__} scores on a server, "
                     "which gives no spread"
