@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import typer
 
-from dina_reward import alignment, search
 from dina_reward.cli.app import app
-from dina_reward.recipes.alignment import ALGORITHMS, RecipeArguments
+from dina_reward.recipes.alignment import RecipeArguments, classes_of
 from dina_reward.recipes.arguments import ConfigParser
-from dina_reward.recipes.configs import Launch, RecipeConfig, find_config, parse_config
+from dina_reward.recipes.configs import Launch, RecipeConfig, alignment_command, find_config, parse_config
 from dina_reward.recipes.distillation import DistillArguments, DistillTrainingConfig
 from dina_reward.recipes.reward_training import TrainRewardArguments
 from dina_reward.training import LatentRewardTrainingConfig
@@ -98,9 +97,8 @@ def check_dina_reward(words: list[str]) -> None:
         given = words[1:] if words[1].startswith("--") else ["--model_name_or_path", *words[1:]]
         ConfigParser((DistillArguments, DistillTrainingConfig)).parse_args_and_config(given)
     if words[:1] == ["align"]:
-        name = ALGORITHMS[words[1]][0]
-        config_class = getattr(search if name in search.__all__ else alignment, name)
-        ConfigParser((RecipeArguments, config_class)).parse_args_and_config(words[2:])
+        algorithm, options = alignment_command(words[1], words[2:])
+        ConfigParser((RecipeArguments, classes_of(algorithm)[0])).parse_args_and_config(options)
     if words[:2] in (["recipes", "show"], ["recipes", "validate"]) and words[2] != "my.yaml":
         find_config(words[2], RECIPES)
     group = typer.main.get_command(app)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from dina_reward import alignment, data, distill, evaluation, families, recipes, training
+from dina_reward import alignment, data, distill, evaluation, families, recipes, search, training
 from dina_reward.alignment.policy import Policy
 from dina_reward.families import TapFeatures, registry
 from dina_reward.families.sd3 import SD3Family
@@ -83,6 +83,7 @@ class Names(dict[str, Any]):
         self.update(device=torch.device("cpu"), timestep=torch.tensor([500.0, 300.0]), credit=np.ones(2))
         for package, base, settings in (
             (alignment, alignment.AlignmentConfig, TINY_RUN),
+            (search, alignment.AlignmentConfig, TINY_RUN),
             (training, training.LatentRewardTrainingConfig, TINY_TRAINING),
         ):
             if module.__name__.startswith(package.__name__):
