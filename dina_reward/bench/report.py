@@ -15,7 +15,9 @@ from dina_reward.checkpoints.atomic import atomic_file
 from dina_reward.evaluation.markdown import markdown
 
 
-COLUMNS = ("what", "median s", "+/-", "samples/s", "TFLOP", "TFLOP/s", "% of matrix rate", "% of roofline", "peak GiB")
+COLUMNS = ("what", "ms", "+/-", "samples/s", "GFLOP", "GFLOP/s", "% rate", "% roof", "GiB")
+"""Median and half the distance of the quartiles; FLOPs of a call; shares of the rate of matrix products and of the
+roofline; peak memory."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,7 @@ class BenchReport:
 
     def table(self) -> str:
         """All rows in Markdown."""
-        return markdown(COLUMNS, self.cells())
-
-    def cells(self) -> list[Sequence[str]]:
-        """The cells of the table, row by row."""
-        return [_cells(row) for row in self.rows]
+        return markdown(COLUMNS, [_cells(row) for row in self.rows])
 
     def save(self, directory: str | Path) -> tuple[Path, Path]:
         """Writes ``bench-<model>-<device>-<dtype>.json`` and the picture of the same name; gives their paths."""
@@ -177,11 +175,11 @@ def _sum(first: float | None, second: float | None) -> float | None:
 def _cells(row: Row) -> Sequence[str]:
     return (
         row.name,
-        f"{row.seconds:.4g}",
-        f"{row.spread:.1g}",
-        f"{row.samples_per_second:.4g}",
-        f"{row.flops / 1e12:.3g}",
-        f"{row.flops / row.seconds / 1e12:.3g}",
+        f"{1e3 * row.seconds:,.1f}",
+        f"{1e3 * row.spread:,.1f}",
+        f"{row.samples_per_second:,.1f}",
+        f"{row.flops / 1e9:,.2f}",
+        f"{row.flops / row.seconds / 1e9:,.1f}",
         f"{100 * row.rate_share:.1f}",
         f"{100 * row.roof_share:.1f}",
         f"{row.peak_memory / 2**30:.2f}",

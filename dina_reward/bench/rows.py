@@ -37,7 +37,7 @@ TOWER: dict[str, Any] = {
 SCORE, DECODE, TRAIN, CALL, GRADIENT = (
     "score",
     "decode by the VAE",
-    "training step of the reward, pairs",
+    "reward training step, pairs",
     "denoiser call",
     "denoiser call with gradient",
 )

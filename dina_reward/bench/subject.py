@@ -90,9 +90,14 @@ class Subject:
 
 
 def loaded_subject(
-    pipeline: Any, name: str, *, height: int | None = None, width: int | None = None, text_tokens: int = 256
+    pipeline: Any,
+    name: str,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    max_sequence_length: int | None = None,
 ) -> Subject:
-    """A pipeline with its own weights.
+    """A pipeline with its own weights, and prompts as long as its reward encodes them.
 
     Raises:
         ValueError: the pipeline belongs to no supported family, or its configuration names no image size.
@@ -102,7 +107,10 @@ def loaded_subject(
     if (height is None or width is None) and not isinstance(config.get("sample_size"), int):
         raise ValueError(f"{name}'s configuration names no image size; give both height and width")
     side = int(config.get("sample_size") or 0) * int(pipeline.vae_scale_factor)
-    return _subject(pipeline, name, "loaded", height or side, width or side, text_tokens)
+    options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    reward_config = default_reward_config(pipeline, backbone_config=config, **options)
+    tokens = family.embeds_length(pipeline, reward_config.max_sequence_length) or reward_config.max_sequence_length
+    return _subject(pipeline, name, "loaded", (height or side, width or side), tokens, reward_config)
 
 
 def random_subject(
@@ -137,7 +145,8 @@ def random_subject(
     if None in size:
         side = int(config["sample_size"]) * int(meta.vae_scale_factor)
         size = (size[0] or side, size[1] or side)
-    return _subject(meta, structure.name, "random", size[0] or 0, size[1] or 0, structure.text_tokens)
+    reward_config = default_reward_config(meta, backbone_config=config)
+    return _subject(meta, structure.name, "random", (size[0] or 0, size[1] or 0), structure.text_tokens, reward_config)
 
 
 def free_memory(device: torch.device) -> int:
@@ -147,18 +156,20 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _subject(pipeline: Any, name: str, weights: str, height: int, width: int, text_tokens: int) -> Subject:
+def _subject(
+    pipeline: Any, name: str, weights: str, size: tuple[int, int], text_tokens: int, reward_config: LatentRewardConfig
+) -> Subject:
     family = family_of(pipeline)
     config = dict(getattr(pipeline, family.denoiser_attribute).config)
     return Subject(
         name=name,
         weights=weights,
         pipeline=pipeline,
-        reward_config=default_reward_config(pipeline, backbone_config=config),
-        latent_shape=tuple(family.latent_shape(pipeline, height, width, config)),
+        reward_config=reward_config,
+        latent_shape=tuple(family.latent_shape(pipeline, *size, config)),
         text_tokens=text_tokens,
-        height=height,
-        width=width,
+        height=size[0],
+        width=size[1],
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dina_reward.cli.console import in_terminal, print_table
+from dina_reward.cli.console import in_terminal
 from dina_reward.cli.options import DeviceOption, DtypeChoice, DtypeOption, JsonOption
 from dina_reward.shipped import WORLDS
 
@@ -69,13 +69,10 @@ def bench(
 
 
 def _show(report: BenchReport) -> None:
-    from dina_reward.bench.report import COLUMNS
-
     machine = report.machine
-    print_table(
-        f"{report.model} ({report.weights} weights), {report.width} x {report.height}, {machine.dtype}, {machine.device}",
-        COLUMNS,
-        report.cells(),
+    size = f"{report.width} x {report.height}"
+    print(
+        f"{report.model} ({report.weights} weights), {size}, {machine.dtype}, {machine.device}\n\n{report.table()}\n"
     )
     print(f"Matrix products: {machine.matrix_rate / 1e9:,.0f} GFLOP/s; memory: {machine.memory_rate / 1e9:,.1f} GB/s")
     for name, ratio in report.ratios.items():
@@ -106,11 +103,13 @@ def _subject(target: str, size: int | None, weights: str | None, dtype: str, dev
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return random_subject(published[0], device=chosen, dtype=getattr(torch, dtype), height=size, width=size)
     from dina_reward.cli.score_run import load_pipeline
+    from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 
-    tokens = 6 if target in WORLDS else 256
     source = published[0].model_id if published else target
     pipeline = load_pipeline(str(source), device=device, dtype=dtype)
-    return loaded_subject(pipeline, target, height=size, width=size, text_tokens=tokens)
+    return loaded_subject(
+        pipeline, target, height=size, width=size, max_sequence_length=MAX_PROMPT_TOKENS if target in WORLDS else None
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

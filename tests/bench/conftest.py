@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_sd3_pipeline
 
 @pytest.fixture(scope="session")
 def subject() -> Subject:
-    return loaded_subject(tiny_sd3_pipeline(), "tiny", text_tokens=7)
+    return loaded_subject(tiny_sd3_pipeline(), "tiny", max_sequence_length=7)
 
 
 @pytest.fixture(scope="session", autouse=True)

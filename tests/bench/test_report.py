@@ -72,5 +72,5 @@ def test_a_report_is_a_table_a_json_file_and_a_picture(tmp_path: Path) -> None:
         assert image.width > 800
     line = next(line for line in found.table().splitlines() if "K = 3" in line)
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        *("score, standalone, K = 3, batch 4", "1", "0.01", "4", "0.001", "0.001", "50.0", "80.0", "1.00"),
+        *("score, standalone, K = 3, batch 4", "1,000.0", "10.0", "4.0", "1.00", "1.0", "50.0", "80.0", "1.00"),
     ]
