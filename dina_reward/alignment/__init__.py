@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dina_reward.alignment.experience.null_reward import null_reward
     from dina_reward.alignment.monitoring.best_policy import BestPolicyCallback
     from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
+    from dina_reward.alignment.monitoring.tightening import TightenOnAlarm
     from dina_reward.alignment.trainers.backprop import RewardBackpropConfig, RewardBackpropTrainer
     from dina_reward.alignment.trainers.base import AlignmentTrainer
     from dina_reward.alignment.trainers.grpo import DDPOTrainer, DiffusionGRPOTrainer

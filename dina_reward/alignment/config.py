@@ -157,6 +157,13 @@ class AlignmentConfig(TrainingArguments):
     hacking_stop: bool = field(
         default=False, metadata={"help": "Stop the run when the reward-hacking alarm goes off."}
     )
+    hacking_tighten: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor by which each alarm raises KL weights and lowers clip ranges, and two evaluations without one "
+            "undo that; see TightenOnAlarm. 1: alarms change nothing."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -325,4 +332,5 @@ _INTEGERS = {
 _REALS = (
     ("guidance_scale", 0.0, math.inf),
     ("eval_guidance_scale", 0.0, math.inf),
+    ("hacking_tighten", 1.0, 16.0),
 )

@@ -327,7 +327,7 @@ class RewardBackpropTrainer(AlignmentTrainer):
         metrics = self._metrics_of(scores.detach(), rewards.detach(), plan)
         if sample.penalty is not None:
             penalty = sample.penalty.mean()
-            loss, metrics["kl"] = loss + args.beta * penalty, penalty.detach()
+            loss, metrics["kl"] = loss + args.beta * self.tightness * penalty, penalty.detach()
         return ObjectiveOutput(loss, metrics)
 
     def _experience_of(self, inputs: dict[str, Tensor]) -> Any:

@@ -24,6 +24,7 @@ from dina_reward.alignment.monitoring.evaluation import EvalRewardFunction, Held
 from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
 from dina_reward.alignment.monitoring.log_cells import alignment_cells
 from dina_reward.alignment.monitoring.pictures import log_pictures
+from dina_reward.alignment.monitoring.tightening import TightenOnAlarm
 from dina_reward.alignment.objectives.advantages import Advantages
 from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
 from dina_reward.alignment.policy import Policy
@@ -68,6 +69,9 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
     """
 
     args: AlignmentConfig
+
+    tightness: float = 1.0
+    """How much harder than configured the policy is held: KL weights are multiplied by it, clip ranges divided."""
 
     def __init__(
         self,
@@ -115,6 +119,8 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         self._check_launch(geometry)
         self.costs = CostCallback(self.policy.calls, args, self.accelerator)
         self.add_callback(self.costs)
+        if args.hacking_tighten > 1:
+            self.add_callback(TightenOnAlarm(args.hacking_tighten))
         self.hacking = self._hacking_callback()
         self.rewards = _reward_set(functions, args, self.policy)
         self.reward_weights = checked_reward_weights(args.reward_weights, len(self.rewards.functions))
@@ -149,6 +155,11 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
             version: how often it has changed so far.
         """
         self.evaluator.reward_version = version
+
+    @property
+    def can_tighten(self) -> bool:
+        """Whether the loss has a KL penalty or a clip range, so that `tightness` changes it."""
+        return self.args.needs_reference
 
     def plan(self, generation: int) -> RolloutPlan:
         """How the samples of a generation are drawn: deterministically, unless a subclass says otherwise."""
@@ -303,7 +314,8 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         if "loss" in logs:
             averages = {name: float(_reduction(name)(torch.tensor(v))) for name, v in self._metrics.items()}
             failures = {f"rewards/{name}/failures": float(count) for name, count in self.rewards.failures.items()}
-            logs = {**logs, **averages, **failures}
+            tightness = {} if self.tightness == 1 else {"tightness": self.tightness}
+            logs = {**logs, **averages, **failures, **tightness}
             self._metrics.clear()
         super().log({**logs, **self.costs.costs().as_metrics()}, start_time)
 

@@ -47,9 +47,19 @@ class DiffusionGRPOTrainer(AlignmentTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(pipeline, reward_funcs, args, train_dataset, **kwargs)
-        assert args.epsilon_high is not None
         self._objective = get_objective(args.loss_type)
-        self._settings = ObjectiveSettings(args.epsilon, args.epsilon_high, args.advantage_clip)
+
+    @property
+    def can_tighten(self) -> bool:
+        """Always where ratios are clipped; otherwise with a KL penalty."""
+        return super().can_tighten or self.args.loss_type != "policy_gradient"
+
+    def _settings(self) -> ObjectiveSettings:
+        args = self.args
+        assert args.epsilon_high is not None
+        return ObjectiveSettings(
+            args.epsilon / self.tightness, args.epsilon_high / self.tightness, args.advantage_clip
+        )
 
     def _new_sampler(self) -> Sampler:
         args = self.args
@@ -104,7 +114,7 @@ class DiffusionGRPOTrainer(AlignmentTrainer):
         if index in rollout.means:
             shift = (step.transition.mean - rollout.means[index].to(device)) ** 2
             tensors["mean_shift"] = shift.flatten(start_dim=1).mean(dim=1)
-        output = self._objective(tensors, self._settings)
+        output = self._objective(tensors, self._settings())
         if index not in experience.reference:
             return output
         reference = experience.reference[index]
@@ -118,7 +128,9 @@ class DiffusionGRPOTrainer(AlignmentTrainer):
             diffusion=step.transition.diffusion,
         )
         penalty = (experience.weights * kl).mean()
-        return ObjectiveOutput(output.loss + self.args.beta * penalty, {**output.metrics, "kl": kl.detach().mean()})
+        return ObjectiveOutput(
+            output.loss + self.args.beta * self.tightness * penalty, {**output.metrics, "kl": kl.detach().mean()}
+        )
 
 
 class DDPOTrainer(DiffusionGRPOTrainer):

@@ -135,7 +135,9 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
         if reference is None:
             return output
         kl = (experience.weights * _row_mean((prediction - reference) ** 2)).mean()
-        return ObjectiveOutput(output.loss + self.args.beta_kl * kl, {**output.metrics, "kl": kl.detach()})
+        return ObjectiveOutput(
+            output.loss + self.args.beta_kl * self.tightness * kl, {**output.metrics, "kl": kl.detach()}
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the policy's weights, and in checkpoints those of the old policy to ``old_policy/``."""

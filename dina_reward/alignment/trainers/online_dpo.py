@@ -142,7 +142,7 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
             reference[1],
             weights=experience.weights[pairs.chosen] * pairs.kept,
             labels=self._labels(experience, pairs),
-            beta_dpo=args.beta_dpo,
+            beta_dpo=args.beta_dpo * self.tightness,
             loss_type="ipo" if args.loss_type == "ipo" else "sigmoid",
         )
         skipped = 1 - pairs.kept.mean()
