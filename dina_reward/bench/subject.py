@@ -109,8 +109,14 @@ def loaded_subject(
     side = int(config.get("sample_size") or 0) * int(pipeline.vae_scale_factor)
     options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
     reward_config = default_reward_config(pipeline, backbone_config=config, **options)
-    tokens = family.embeds_length(pipeline, reward_config.max_sequence_length) or reward_config.max_sequence_length
+    longest = reward_config.max_sequence_length
+    tokens = family.embeds_length(pipeline, longest) or longest or _tokenizer_length(pipeline)
     return _subject(pipeline, name, "loaded", (height or side, width or side), tokens, reward_config)
+
+
+def _tokenizer_length(pipeline: Any) -> int:
+    """What the tokenizer cuts prompts to; some have no limit and give an absurd number."""
+    return min(int(getattr(getattr(pipeline, "tokenizer", None), "model_max_length", 512)), 512)
 
 
 def random_subject(
