@@ -62,3 +62,7 @@ def test_other_numbers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     page.write_text("```python\nprint([0.5, 1.25])\n```\n\n```text\n[0.5, 1.35]\n```\n", encoding="utf-8")
     with pytest.raises(AssertionError, match=r"It prints:\s+\[0\.5, 1\.25\]"):
         test_page_runs(page, tmp_path, monkeypatch)
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_bytes()) < 7000
