@@ -122,7 +122,7 @@ def run_flow_factory(checkout: Path) -> None:
     )
     config.extra_kwargs = {"model_path": "shapes"}
     loader = MultiRewardLoader(MultiRewardArguments([config]), Accelerator(cpu=True)).load()
-    models = loader.get_training_models()
+    models = loader.get_training_reward_models()
     processor = RewardProcessor(Accelerator(cpu=True), models, {"latent": config}, verbose=False)
     places = torch.tensor([-1, 0, -1, 1])
     stored = [
