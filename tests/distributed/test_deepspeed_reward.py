@@ -15,11 +15,15 @@ from tests.distributed.reward_fsdp_worker import ARGUMENTS, metrics_of
 from tests.training.tiny_reward import tiny_trainer, trained_parameters
 
 
+pytestmark = pytest.mark.timeout(900)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; it is not a dependency")
     directory = tmp_path_factory.mktemp("two")
-    launch_two_processes(Path(__file__).with_name("reward_deepspeed_worker.py"), directory)
+    # DeepSpeed compiles an operator when it is first used.
+    launch_two_processes(Path(__file__).with_name("reward_deepspeed_worker.py"), directory, timeout=800)
     return [load_file(directory / f"rank{rank}.safetensors") for rank in range(2)]
 
 
