@@ -3,8 +3,9 @@
     python recipes/compare_search.py --output outputs/search --jobs 2    # about 25 core-minutes, restartable
 
 Every method of `dina_reward.search` searches held-out prompts with the shipped latent rewards, on the flow-matching and on
-the DDPM generator, with several seeds, at budgets of 4, 8, 16 and 32 samples' denoiser calls; on a flow-matching generator
-that was aligned with its reward, best-of-N and halving. The oracle judges what they find, and never what they search by.
+the DDPM generator, with several seeds, at budgets of 4, 8, 16 and 32 samples' denoiser calls; best-of-N, halving and
+stepwise selection also search on a flow-matching generator that was aligned with its reward. The oracle judges what they
+find, and never what they search by.
 With `--pixel-reward`, a directory that `recipes/compare_pixel_reward.py` has trained, a reward that must decode takes part.
 Every job is a process of its own; the command can be killed and started again: jobs that are complete are kept. It writes
 `search.json`, `search.md` and `search.png` to the output, and prints the tables and what becomes of the claims.
@@ -98,6 +99,19 @@ def value_of(run: dict[str, Any], method: str, budget: int, metric: str) -> floa
     return found
 
 
+def figures_of(run: dict[str, Any], method: str, budget: int) -> dict[str, Any] | None:
+    """All figures of one run at a budget; of best-of-N, which is read from the pool, those that it has."""
+    if method != BASELINE:
+        found: dict[str, Any] | None = run["methods"][method].get(str(budget))
+        return found
+    pool = run["pool"]
+    if budget not in pool["sizes"]:
+        return None
+    expected = {metric: best_of(run, metric, budget) for metric in ("fit", "cleanness", "score")}
+    calls = {"denoiser_calls": STEPS * budget, "reward_calls": budget, "decoder_calls": 0}
+    return {**expected, **calls, "cpu_seconds": pool["cpu_seconds_per_sample"] * budget}
+
+
 def fit_table(runs: Sequence[dict[str, Any]], budgets: Sequence[int]) -> str:
     """Oracle fit of every method at every budget, mean over seeds, and what it gains over best-of-N in each seed."""
     random = mean(best_of(run, "fit", 1) for run in runs)
@@ -145,11 +159,14 @@ def cost_table(runs: Sequence[dict[str, Any]], budget: int) -> str:
         f"| method | {' | '.join(names)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for method in methods_of(runs)[1:]:
-        figures = [run["methods"][method].get(str(budget)) for run in runs]
+    for method in methods_of(runs):
+        figures = [figures_of(run, method, budget) for run in runs]
         known = [figure for figure in figures if figure is not None]
         if known:
-            cells = [f"{mean(figure[column] for figure in known):{form}}" for column, form in columns.items()]
+            cells = [
+                f"{mean(figure[column] for figure in known):{form}}" if column in known[0] else ""
+                for column, form in columns.items()
+            ]
             lines.append(f"| {method} | {' | '.join(cells)} |")
     figures = [run[EARLY] for run in runs]
     cells = [f"{mean(figure[column] for figure in figures):{form}}" for column, form in columns.items()]
@@ -170,6 +187,7 @@ def claims(runs: Sequence[dict[str, Any]], budgets: Sequence[int]) -> dict[str, 
                 ranked.append((min(gains), method, budget, gains))
     best = max(ranked, default=(0.0, "", 0, []))
     return {
+        "sooner": sooner(runs, best[1], budgets) if best[1] else None,
         "early_gap": mean(gaps),
         "early_share": share,
         "early_holds": mean(gaps) <= EARLY_GAP and share <= EARLY_SHARE,
@@ -179,6 +197,17 @@ def claims(runs: Sequence[dict[str, Any]], budgets: Sequence[int]) -> dict[str, 
         "best_holds": best[0] >= GAIN,
         "peak": peak_of(runs),
     }
+
+
+def sooner(runs: Sequence[dict[str, Any]], method: str, budgets: Sequence[int]) -> int | None:
+    """The least budget at which a method finds as much as the best of eight; ``None`` if none is enough."""
+    aim = mean(best_of(run, "fit", EARLY_OF) for run in runs)
+    for budget in sorted(budgets):
+        values = [value_of(run, method, budget, "fit") for run in runs]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values) and mean(known) >= aim:
+            return budget
+    return None
 
 
 def peak_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -201,12 +230,15 @@ def claim_lines(name: str, facts: dict[str, Any]) -> str:
     peak, held = facts["peak"], {True: "holds", False: "does not hold"}
     gains = ", ".join(f"{gain:+.1f}" for gain in facts["best_gains"])
     fall = "falls after that" if peak["falls"] else "does not fall"
+    sooner_than = (
+        f"as much as the best of {EARLY_OF} with the calls of {facts['sooner']}" if facts["sooner"] else "less"
+    )
     return "\n".join(
         [
             f"- {name}: halving among {EARLY_OF} is {facts['early_gap']:+.3f} from the best of {EARLY_OF} in oracle fit, at "
             f"{100 * facts['early_share']:.0f} % of its denoiser calls: {held[facts['early_holds']]}.",
             f"- {name}: at equal calls {facts['best_method']} at {facts['best_budget']} samples gains {gains} points over "
-            f"best-of-N: {held[facts['best_holds']]}.",
+            f"best-of-N: {held[facts['best_holds']]}. It finds {sooner_than}.",
             f"- {name}: best-of-N reaches oracle fit {peak['fit']:.3f} at N = {peak['n']} and {peak['last_fit']:.3f} at "
             f"N = {peak['last_n']}; it {fall}.",
         ]
@@ -244,29 +276,35 @@ def variants_table(output: Path, generators: Sequence[str]) -> str:
 
 
 def draw(results: dict[str, list[dict[str, Any]]], budgets: Sequence[int], path: Path) -> None:
-    """Oracle fit over denoiser calls, method by method, and over the score what best-of-N does to fit and cleanness."""
+    """Oracle fit over denoiser calls and over CPU seconds, method by method, and what best-of-N does to cleanness."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(results), 8), layout="constrained")
-    axes = figure.subplots(2, len(results), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(results), 12), layout="constrained")
+    axes = figure.subplots(3, len(results), squeeze=False)
     for column, (name, runs) in enumerate(results.items()):
         _draw_methods(axes[0, column], name, runs, budgets)
-        _draw_pool(axes[1, column], name, runs)
-    axes[0, 0].legend(fontsize=8)
-    axes[1, 0].legend(fontsize=8)
+        _draw_methods(axes[1, column], name, runs, budgets, over="cpu_seconds")
+        _draw_pool(axes[2, column], name, runs)
+    for row in axes:
+        row[0].legend(fontsize=8)
     figure.savefig(path, format="png", dpi=110)
 
 
-def _draw_methods(panel: Any, name: str, runs: Sequence[dict[str, Any]], budgets: Sequence[int]) -> None:
+def _draw_methods(
+    panel: Any, name: str, runs: Sequence[dict[str, Any]], budgets: Sequence[int], over: str = "denoiser_calls"
+) -> None:
     for method in methods_of(runs):
         points = []
         for budget in (1, *budgets) if method == BASELINE else budgets:
-            values = [value for run in runs if (value := value_of(run, method, budget, "fit")) is not None]
-            points += [(budget, mean(values))] if len(values) == len(runs) else []
+            figures = [found for run in runs if (found := figures_of(run, method, budget)) is not None]
+            x = budget if over == "denoiser_calls" else mean(found[over] for found in figures) if figures else 0
+            points += [(x, mean(found["fit"] for found in figures))] if len(figures) == len(runs) else []
         style = {"color": "black", "linewidth": 2.2} if method == BASELINE else {"linewidth": 1.3}
         panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **style)
-    panel.set(title=name, xlabel="denoiser calls (samples)", ylabel="oracle fit", xscale="log")
-    panel.set_xticks([1, *budgets], [str(budget) for budget in (1, *budgets)])
+    panel.set(title=name, xlabel=f"{over.replace('_', ' ')} per prompt", ylabel="oracle fit", xscale="log")
+    if over == "denoiser_calls":
+        panel.set(xlabel="denoiser calls (samples)")
+        panel.set_xticks([1, *budgets], [str(budget) for budget in (1, *budgets)])
     panel.grid(alpha=0.3)
 
 

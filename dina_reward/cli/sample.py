@@ -59,7 +59,7 @@ def sample(
     pipeline: PipelineArgument,
     prompts: PromptsArgument,
     reward: RewardOption = None,
-    method: MethodOption = MethodChoice.halving,
+    method: MethodOption = MethodChoice.stepwise,
     budget: BudgetOption = 8.0,
     keep: KeepOption = 1,
     settings: SetOption = None,

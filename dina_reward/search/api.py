@@ -44,7 +44,7 @@ def search(
     reward: RewardFunction | Sequence[RewardFunction],
     prompts: str | Sequence[str],
     *,
-    method: str | SearchMethod = "halving",
+    method: str | SearchMethod = "stepwise",
     budget: float = 8,
     keep: int = 1,
     reward_weights: Sequence[float] | None = None,
@@ -68,7 +68,7 @@ def search(
     """Samples prompts and spends a budget of denoiser calls on samples that a reward likes better. Nothing is trained.
 
     Examples:
-        >>> result = search(pipe, reward, ["a cat", "a dog"], method="halving", budget=8, num_inference_steps=28)
+        >>> result = search(pipe, reward, ["a cat", "a dog"], budget=8, num_inference_steps=28)
         >>> result.latents  # (2, ...), the best found for each prompt
         >>> result.scores, result.denoiser_calls, result.lineage(0)
         >>> images = result.images()  # decoded now, and not before
@@ -78,7 +78,8 @@ def search(
         reward: a `LatentReward`, any callable on ``latents`` or ``images``, or a list of them, as in the trainers.
         prompts: one or several; all are searched together, each on its own.
         method: a name (``best_of_n``, ``halving``, ``fk``, ``stepwise``, ``zero_order``, ``paths``, ``guidance``,
-            ``noise_optimization``), or an instance with settings.
+            ``noise_optimization``), or an instance with settings. The default finds the most per denoiser call, and asks the
+            reward about several states per call; ``halving`` asks it least.
         budget: denoiser calls per prompt, in whole samples: 8 allows as many as eight plain samples take.
         keep: samples to return per prompt.
         reward_weights: one per reward; all 1 by default.
@@ -256,7 +257,8 @@ def sampler_of(
         )
     if steps < 2:
         raise ValueError(
-            f"{method.name} needs at least two denoising steps, of which the last is deterministic, got {steps}"
+            f"{method.name} needs at least two denoising steps, of which the last is deterministic, got {steps}; use "
+            "best_of_n"
         )
     kind = sde_type or ("flow_sde" if flow else "ddim")
     return generator.sampler(steps, shape, sde_type=kind, eta=eta or (FLOW_ETA if flow else DDIM_ETA), device=device)

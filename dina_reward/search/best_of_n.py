@@ -83,7 +83,7 @@ class Halving(SearchMethod):
 
     name = "halving"
 
-    checks: tuple[float, ...] = (0.4, 0.5, 0.6)
+    checks: tuple[float, ...] = (0.4, 0.6)
     survivors: float = 0.5
     candidates: int | None = None
     threshold: float | None = None

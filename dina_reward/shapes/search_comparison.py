@@ -70,7 +70,7 @@ DEAR: Mapping[str, SearchMethod] = {"noise_optimization": NoiseOptimization()}
 VARIANTS: Mapping[str, SearchMethod] = {
     "halving (.2, .4, .6)": Halving(checks=(0.2, 0.4, 0.6)),
     "halving (.3, .5)": Halving(checks=(0.3, 0.5)),
-    "halving (.4, .6)": Halving(checks=(0.4, 0.6)),
+    "halving (.4, .5, .6)": Halving(checks=(0.4, 0.5, 0.6)),
     "halving (.5, .6, .7)": Halving(checks=(0.5, 0.6, 0.7)),
     "halving (.6), a quarter": Halving(checks=(0.6,), survivors=0.25),
     "fk, strength 1": FKSteering(strength=1.0),
@@ -221,7 +221,7 @@ def run_job(
     result[EARLY] = bench.measure(Halving(candidates=8), 8, seed)
     runs: dict[str, dict[str, Any]] = {}
     for name, method in METHODS.items():
-        if aligned and name != "halving":
+        if aligned and name not in ("halving", "stepwise"):
             continue
         runs[name] = {str(budget): bench.measure(method, budget, seed) for budget in budgets}
     if not aligned:

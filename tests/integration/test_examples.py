@@ -136,8 +136,9 @@ def test_better_samples_without_training(tmp_path: Path, run_example: RunExample
     found = {name: int(count) for name, count in calls}
     assert found["one sample"] == 10
     assert found["best of 8, at the end"] == 80
-    assert found["best of 8, early"] == 42
+    assert found["best of 8, early"] == 48
     assert 70 < found["halving, same calls"] <= 80
+    assert found["stepwise, same calls"] == 80
     assert "after step 10" in output
     assert (tmp_path / "better_samples.png").is_file()
     assert (tmp_path / "better_samples_report.png").is_file()

@@ -37,7 +37,8 @@ def figure(fit: float, calls: float = 80.0) -> dict[str, float]:
 
 def run(halving: float, last: float = 0.6) -> dict[str, Any]:
     fits = [0.4, 0.5, 0.6, 0.65, last]
-    pool = {"sizes": [1, 4, 8, 16, 32], "fit": fits, "cleanness": fits, "fit_error": [0.01] * 5}
+    pool = {"sizes": [1, 4, 8, 16, 32], "fit": fits, "cleanness": fits, "score": fits, "fit_error": [0.01] * 5}
+    pool |= {"cpu_seconds_per_sample": 0.02}
     methods = {"halving": {"4": figure(halving), "8": figure(0.61)}, "fk": {"4": figure(0.5)}}
     return {"pool": pool, EARLY: figure(0.595, 42.0), "methods": methods}
 
@@ -59,6 +60,9 @@ def test_claims_by_hand(recipe: ModuleType) -> None:
     assert (facts["best_method"], facts["best_budget"]) == ("halving", 4)
     assert facts["best_gains"] == pytest.approx([4.0, 5.0])
     assert facts["best_holds"]
+    assert facts["sooner"] == 8
+    assert recipe.sooner([run(0.61)], "halving", [4, 8]) == 4
+    assert recipe.sooner([run(0.5)], "fk", [4, 8]) is None
     assert facts["peak"] == {"n": 16, "fit": 0.65, "last_n": 32, "last_fit": pytest.approx(0.6), "falls": True}
     assert not recipe.claims([run(0.52), run(0.6)], [4])["best_holds"]
     assert not recipe.peak_of([run(0.5, last=0.649)])["falls"]
@@ -70,6 +74,11 @@ def test_tables_and_picture(recipe: ModuleType, tmp_path: Path) -> None:
     assert "halving among 8 is +0.005 from the best of 8 in oracle fit, at 52 % of its denoiser calls: holds." in text
     assert "| halving | 0.545 (+4.0, +5.0) | 0.610 (+1.0, +1.0) |" in text
     assert "| fk | 0.500 (+0.0, +0.0) |  |" in text
+    assert (
+        "at 4 samples gains +4.0, +5.0 points over best-of-N: holds. It finds as much as the best of 8 with the calls of 8."
+        in text
+    )
+    assert "| best_of_n | 0.600 | 0.600 | 0.60 |  | 80 | 8 | 0 | 0.160 |  |" in text
     recipe.draw(results, [4, 8], tmp_path / "search.png")
     assert Image.open(tmp_path / "search.png").size[1] > 500
 
@@ -103,7 +112,7 @@ def test_a_miniature_of_the_whole(
     assert result["pool"]["sizes"] == [1, 2, 3, 4, 6, 8]
     assert result["methods"]["halving"]["2"]["denoiser_calls"] <= 20
     assert result["methods"]["fk"]["2"]["denoiser_calls"] == 20
-    assert result[EARLY]["denoiser_calls"] == 42
+    assert result[EARLY]["denoiser_calls"] == 48
     assert result[EARLY]["decoder_calls"] == 0
     recipe.main([*words, "--pool", "8"])
     assert done == ["flow"]
