@@ -18,7 +18,7 @@ from dina_reward.search.api import METHODS
 def test_sample_writes_picture_and_page(tmp_path: Path) -> None:
     output = tmp_path / "grid.png"
     words = ["sample", "shapes", "a large red circle on a white background", "--steps", "5", "--budget", "2"]
-    words += ["--set", "checks=0.4,0.6", "--output", str(output), "--report", "--json"]
+    words += ["--method", "halving", "--set", "checks=0.4,0.6", "--output", str(output), "--report", "--json"]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     facts = json.loads(result.stdout)
     assert facts["denoiser_calls"] <= 2 * 5

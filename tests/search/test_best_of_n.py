@@ -62,11 +62,11 @@ def test_stops_when_the_margin_is_beyond_the_uncertainty_of_the_reward() -> None
 
 
 def test_costs_of_halving_by_hand() -> None:
-    # 10 steps, checks after 4, 5 and 6: 8 * 4 + 4 + 2 + 4 = 42 calls for eight candidates.
-    assert Halving().cost(8, steps=10) == 42
-    assert Halving().cost(8, steps=10, keep=2) == 8 * 4 + 4 + 2 + 2 * 4
+    # 10 steps, checks after 4 and 6: 8 * 4 + 4 * 2 + 2 * 4 = 48 calls for eight candidates.
+    assert Halving().cost(8, steps=10) == 48
+    assert Halving().cost(8, steps=10, keep=3) == 8 * 4 + 4 * 2 + 3 * 4
     # A reward that needs predictions asks for those of all rows; the survivors' are their next step.
-    assert Halving().cost(8, steps=10, lookahead=1) == 42 + 4 + 2 + 1
+    assert Halving().cost(8, steps=10, lookahead=1) == 48 + 4 + 2
     assert Halving(checks=(0.5,), survivors=0.25).cost(5, steps=10) == 5 * 5 + 2 * 5
     assert Halving(checks=(0.01, 0.99)).cost(4, steps=2) == 4 + 2
 
@@ -94,8 +94,8 @@ def test_halving_spends_the_budget_and_keeps_the_best_states() -> None:
 def test_fewer_candidates_than_the_budget_pays_for_and_more() -> None:
     run = gaussian_run(budget=8, steps=10)
     Halving(candidates=8).run(run)
-    assert run.generator.calls.rollout == 42
-    message = "16 candidates take the denoiser calls of 8.4 samples, and the budget is 8, which pays for 1[0-9]"
+    assert run.generator.calls.rollout == 48
+    message = "16 candidates take the denoiser calls of 9.6 samples, and the budget is 8, which pays for 1[0-9]"
     with pytest.raises(ValueError, match=message):
         Halving(candidates=16).run(gaussian_run(budget=8, steps=10))
 

@@ -84,7 +84,7 @@ def test_ddpm_pipelines_shrink_too() -> None:
         callback_on_step_end_tensor_inputs=callback.tensor_inputs(pipeline),
     ).images
     assert len(result) == 2
-    assert [len(check.prompt) for check in callback.trace] == [8, 4, 2]
+    assert [len(check.prompt) for check in callback.trace] == [8, 4]
 
 
 def test_what_cannot_shrink_is_said() -> None:
