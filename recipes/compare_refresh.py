@@ -81,7 +81,7 @@ class Plan:
 
     iterations: int
     evaluate_every: int = 10
-    refresh_every: int = 15
+    refresh_every: int = 30
     train_steps: int = 1200
     distill_steps: int = 400
     budget: int = 3000

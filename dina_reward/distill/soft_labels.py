@@ -1,6 +1,7 @@
 """From a judge's answers to probabilities: a temperature for scores, a rate of slips for verdicts, both fitted to repeats.
 
-A judge that is asked the same thing twice and answers alike can be believed; one that does not makes soft labels.
+A judge that contradicts itself makes soft labels. One that never does may still be wrong, as programs are that give the same
+picture the same score: then small gaps are soft and large ones hard.
 
     scores:   P(a > b) = Phi((y_a - y_b) / T), equal scores 1/2
     verdicts: P(a > b) = (1 - e) p + e (1 - p)
@@ -8,10 +9,11 @@ A judge that is asked the same thing twice and answers alike can be believed; on
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from dina_reward.likelihood import log_ndtr
 
 SHARPEST = 1e-3
 """Smallest temperature, in deviations of the judge's scores: labels are then certain unless scores are equal."""
+
+CONSISTENT = 0.5
+"""Temperature of a judge that never contradicts itself, in median gaps of a group: the usual pair gets P = Phi(2) = .98."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ def fit_scale(
         repeated: second answers to some of the same questions; of pairs, with the sides exchanged and turned back.
         groups: samples that share a prompt; only those are compared.
         temperature: use this one instead of fitting.
+
+    A temperature is fitted to repeats. If they never contradict the first answers, or there are none, it is at least
+    `CONSISTENT` median gaps.
     """
     if kind == "pairs":
         return _verdict_scale(answers, repeated)
@@ -92,7 +100,18 @@ def fit_scale(
     agreement = fmean((a > 0) == (b > 0) for a, b in decided) if decided else math.nan
     if temperature is None:
         temperature = fit_temperature(first, second, std) if first else SHARPEST * std
+        if not agreement < 1:
+            temperature = max(temperature, CONSISTENT * _median_gap(answers, groups))
     return JudgeScale(mean, std, temperature, 0.0, len(repeated), agreement)
+
+
+def _median_gap(answers: Mapping[Any, Answer], groups: Sequence[Sequence[int]]) -> float:
+    """Of unequal scores inside a group; 0 without any."""
+    gaps = []
+    for group in groups:
+        scores = [value for sample in group if (value := answers.get(sample)) is not None]
+        gaps += [abs(a - b) for a, b in itertools.combinations(scores, 2) if a != b]
+    return median(gaps) if gaps else 0.0
 
 
 def fit_temperature(first: Sequence[float], second: Sequence[float], std: float) -> float:

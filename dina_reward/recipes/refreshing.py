@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dina_reward import LatentReward
 
 
+_SHAPES_REPLAY = 6000
+
+
 @dataclass(kw_only=True)
 class RefreshArguments:
     """When and with what a run refreshes its latent reward, and which of its policies it keeps."""
@@ -55,7 +58,10 @@ class RefreshArguments:
     refresh_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the reward."})
     refresh_replay: float = field(default=1.0, metadata={"help": "Old pairs trained on again, for each new one."})
     refresh_replay_dataset: str | None = field(
-        default=None, metadata={"help": "Preferences that the reward was trained on, as old pairs from the beginning."}
+        default=None,
+        metadata={
+            "help": "Preferences that the reward was trained on, as old pairs from the beginning; 'shapes': of its world."
+        },
     )
     refresh_group_size: int = field(default=4, metadata={"help": "Samples of a prompt that are judged and compared."})
     refresh_candidates: int = field(default=8, metadata={"help": "Samples of a prompt that are drawn to choose from."})
@@ -117,7 +123,6 @@ def living_callbacks(arguments: RefreshArguments, reward: Any) -> list[Any]:
 
 
 def _refresh(arguments: RefreshArguments, reward: LatentReward) -> Any:
-    from dina_reward.data import load_preferences
     from dina_reward.distill import (
         DriftSettings,
         JudgeLabeller,
@@ -148,5 +153,15 @@ def _refresh(arguments: RefreshArguments, reward: LatentReward) -> Any:
         learning_rate=arguments.refresh_learning_rate,
         replay=arguments.refresh_replay,
     )
-    old = arguments.refresh_replay_dataset
-    return RewardRefresh(labeller, reward, settings, replay=None if old is None else load_preferences(old))
+    return RewardRefresh(labeller, reward, settings, replay=_old_pairs(arguments.refresh_replay_dataset))
+
+
+def _old_pairs(dataset: str | None) -> Any:
+    from dina_reward.data import load_preferences
+
+    if dataset != "shapes":
+        return None if dataset is None else load_preferences(dataset)
+    from dina_reward.recipes.reward_training import sample_shapes_pairs
+    from dina_reward.shapes import load_pipeline
+
+    return sample_shapes_pairs(load_pipeline(), "train", _SHAPES_REPLAY, 0)

@@ -30,11 +30,15 @@ def test_temperature_of_a_noisy_judge_is_that_of_its_noise():
     assert fit_temperature(first, second, std=2.0) == pytest.approx(expected, rel=0.1)
 
 
-def test_a_judge_that_repeats_itself_gives_sure_labels():
+def test_a_judge_that_repeats_itself_is_sure_of_large_gaps_alone():
     answers = dict(enumerate([0.0, 1.0, 3.0, 3.0]))
     scale = fit_scale("scores", answers, answers, [[0, 1, 2, 3]])
     assert scale.agreement == 1
-    assert scale.probability(1.0) > 0.999
+    # Unequal gaps of the group: 1, 3, 3, 2, 2; half of their median is the temperature.
+    assert scale.temperature == 1.0
+    assert scale.probability(1.0) == pytest.approx(0.8413, abs=1e-4)
+    assert scale.probability(3.0) > 0.998
+    assert fit_scale("scores", answers, {}, [[0, 1, 2, 3]]).temperature == 1.0
     assert scale.probability(0.0) == 0.5
     given = fit_scale("scores", answers, {}, [[0, 1, 2, 3]], temperature=2.0)
     assert (given.temperature, given.repeats) == (2.0, 0)
