@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from dina_reward.alignment.experience.diversity import diversity
 from dina_reward.alignment.policy_weights import LORA_WEIGHTS_NAME
 from dina_reward.evaluation.cost import peak_memory, reset_peak_memory
+from dina_reward.noise.draws import fold_seed
 from dina_reward.search import (
     BestOfN,
     FKSteering,
@@ -54,6 +56,9 @@ STEPS, COPIES, BATCH_SIZE = 10, 2, 96
 
 EARLY = "halving of 8"
 """Successive halving among eight samples, whatever the budget: to be compared with the best of eight."""
+
+EARLY_SEARCHES = 8
+"""Searches of every prompt that it is averaged over; best-of-N is read from a pool, and so hardly depends on the draw."""
 
 METHODS: Mapping[str, SearchMethod] = {
     "halving": Halving(),
@@ -218,7 +223,7 @@ def run_job(
     bench = Bench(generator, prompts, output / "alignment" if aligned else None, pixel_reward)
     result: dict[str, Any] = {"generator": generator, "seed": seed, "prompts": len(bench.prompts)}
     result["pool"] = bench.pool(min(pool, max(budgets)) if aligned else pool, seed)
-    result[EARLY] = bench.measure(Halving(candidates=8), 8, seed)
+    result[EARLY] = early(bench, seed)
     runs: dict[str, dict[str, Any]] = {}
     for name, method in METHODS.items():
         if aligned and name not in ("halving", "stepwise"):
@@ -232,6 +237,12 @@ def run_job(
             runs[name] = {str(budget): bench.measure(method, budget, seed, pixels=True) for budget in budgets}
     result["methods"] = runs
     write_result(output / generator / f"seed-{seed}", result)
+
+
+def early(bench: Bench, seed: int) -> dict[str, float]:
+    """Halving among eight, averaged over searches."""
+    figures = [bench.measure(Halving(candidates=8), 8, fold_seed(seed, number)) for number in range(EARLY_SEARCHES)]
+    return {name: fmean(figure[name] for figure in figures) for name in figures[0]}
 
 
 def run_variants(generator: str, output: Path, *, prompts: int, budget: int = VARIANT_BUDGET) -> None:

@@ -91,6 +91,7 @@ def test_a_miniature_of_the_whole(
     kept = {name: METHODS[name] for name in ("halving", "fk")}
     monkeypatch.setattr(search_comparison, "METHODS", kept)
     monkeypatch.setattr(search_comparison, "DEAR", {})
+    monkeypatch.setattr(search_comparison, "EARLY_SEARCHES", 2)
     done: list[str] = []
 
     def run_here(jobs: Any, at_once: int) -> None:
