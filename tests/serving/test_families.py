@@ -23,9 +23,12 @@ def saved(setup: Setup, directory: Path) -> tuple[str, str]:
     return str(directory / "reward"), str(directory / "pipeline")
 
 
-def embeddings(setup: Setup) -> dict[str, Any]:
+def embeddings(reward: LatentReward) -> dict[str, Any]:
+    """Of the prompts, by the pipeline that was loaded: templates that a pipeline was given afterwards are not saved."""
+    limit = reward.config.max_sequence_length
+    conditioning = reward.family.encode_prompts(reward.prompt_encoder.pipeline, PROMPTS, max_sequence_length=limit)
     names = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
-    return {name: value for name in names if (value := getattr(setup.conditioning, name)) is not None}
+    return {name: value for name in names if (value := getattr(conditioning, name)) is not None}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,7 @@ def test_a_family_is_served(row: Row, tmp_path: Path) -> None:
     with running(here) as server:
         remote = RemoteReward(server.url)
         assert torch.equal(remote(setup.latents, PROMPTS, seed=0), expected)
-        given = embeddings(setup)
+        given = embeddings(here)
         torch.testing.assert_close(remote(setup.latents, seed=0, **given), expected, rtol=0, atol=1e-5)
         if packed.ndim == 3:
             torch.testing.assert_close(remote(packed, PROMPTS, seed=0, **_pixels(setup)), expected, rtol=0, atol=1e-5)
