@@ -24,7 +24,7 @@ class Kept:
     Args:
         fixed, per_row: of everything that is saved.
         checkpointed_fixed, checkpointed_per_row: with activation checkpointing: the inputs of the checkpointed blocks, what
-            is saved outside them, and all of the largest one, which is computed again.
+            is saved outside them, and twice the largest one: what it saves when it is computed again, and its gradients.
     """
 
     fixed: int
@@ -79,7 +79,7 @@ def _counted(module: nn.Module, run: Callable[[int], Tensor], rows: int, compute
     with _checkpoints(module, count), _MixedPrecision(compute), count:
         run(rows)
     blocks = max(count.blocks, default=0)
-    return count.total, count.total - sum(count.blocks) + blocks + count.inputs
+    return count.total, count.total - sum(count.blocks) + 2 * blocks + count.inputs
 
 
 class _Count:
