@@ -26,7 +26,8 @@ class GradientBytes(TrainerCallback):
         if isinstance(model, DistributedDataParallel):
             model.register_comm_hook(None, self._reduce)
 
-    def _reduce(self, state: None, bucket: Any) -> Any:
+    # DDP compares annotations with its own types, which those of this module are not: they are text.
+    def _reduce(self, state, bucket):
         self.bytes += bucket.buffer().numel() * bucket.buffer().element_size()
         return allreduce_hook(state, bucket)
 
