@@ -58,7 +58,7 @@ def test_a_loss_of_a_lora_costs_two_forward_passes_and_attention_once_more(sizes
 
 
 def test_ranks_share_the_work_and_send_gradients(sizes: RunSizes) -> None:
-    one, two = plan(sizes), plan(sizes, gpus=2, steps_per_generation=1)
+    one, two = plan(sizes, num_generations=3), plan(sizes, gpus=2, steps_per_generation=1, num_generations=3)
     assert two.flops == one.flops
     assert two.seconds.total == pytest.approx(one.seconds.total / 2)
     assert two.traffic.gradients == 4 * sizes.policy_lora
@@ -141,7 +141,7 @@ def test_rates_of_a_bench_file_are_those_of_its_largest_batches(tmp_path: Any) -
 
 
 def test_tables_say_what_the_plan_says(sizes: RunSizes) -> None:
-    found = plan(sizes, gpus=2, steps_per_generation=1)
+    found = plan(sizes, gpus=2, steps_per_generation=1, num_generations=3)
     header, _, *rows = memory_table(found).splitlines()
     assert [cell.strip() for cell in header.split("|")[2:-1]] == [
         "DDP *",
