@@ -17,7 +17,9 @@ def test_a_configuration_is_planned_for_several_numbers_of_gpus() -> None:
     assert (one["samples"], two["samples"], one["calls"]["rollout"]) == (192, 192, 13)
     assert (one["setup"]["gpus"], two["setup"]["gpus"], two["micro_batches"]) == (1, 2, 1)
     assert one["fits"]
-    assert one["hours"] > two["hours"]
+    # One micro-batch for each of two makes one optimizer step an iteration, so the run has twice as many.
+    assert (two["iterations"], one["iterations"]) == (60, 30)
+    assert one["seconds"]["rollout"] == pytest.approx(2 * two["seconds"]["rollout"])
 
 
 @pytest.mark.parametrize(
