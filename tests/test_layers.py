@@ -25,6 +25,7 @@ LAYERS = (
     {"training"},
     {"alignment"},
     {"search", "integrations", "serving", "distill", "bench"},
+    {"planning"},
     {"shapes"},
     {"recipes"},
     {"cli"},

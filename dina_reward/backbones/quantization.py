@@ -59,7 +59,7 @@ def quantize_blocks(
         return []
     if getattr(denoiser, "peft_config", None):
         raise ValueError("quantise the denoiser before a LoRA is added; this one has an adapter already")
-    names = list(_block_linears(denoiser))
+    names = list(block_linears(denoiser))
     if not names:
         raise ValueError(
             f"{type(denoiser).__name__} has no linear layers in {', '.join(BLOCK_LISTS)}; load the pipeline with a "
@@ -116,7 +116,8 @@ def weight_bytes(model: nn.Module) -> int:
     return total
 
 
-def _block_linears(denoiser: nn.Module) -> Iterator[str]:
+def block_linears(denoiser: nn.Module) -> Iterator[str]:
+    """Names of the linear layers that `quantize_blocks` replaces."""
     for block_list in BLOCK_LISTS:
         blocks = getattr(denoiser, block_list, None)
         if isinstance(blocks, nn.Module):

@@ -7,7 +7,7 @@ Package data are JSON files, ``families/published/<family>.json``: settings that
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -29,6 +29,7 @@ class ModelStructure:
         height, width: of an image, in pixels; ``None``: what the model calls its sample size.
         num_frames: of a video; 1 for images.
         model_id: hub id or path of the model.
+        text_encoders: for each, the name of its transformers ``class`` and its ``config``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ModelStructure:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     num_frames: int = 1
     model_id: str | None = None
+    text_encoders: Sequence[Mapping[str, Any]] = ()
 
     @property
     def family(self) -> ModelFamily:
@@ -132,6 +134,11 @@ def structure_of_repository(directory: Path | str) -> ModelStructure:
         height=None if sized_by is None else sized_by.height,
         width=None if sized_by is None else sized_by.width,
         num_frames=1 if nearest is None else nearest.num_frames,
+        text_encoders=tuple(
+            {"class": value[1], "config": _plain(_json_of(root, f"{part}/config.json"))}
+            for part, value in index.items()
+            if part.startswith("text_encoder") and value[0] == "transformers"
+        ),
     )
 
 

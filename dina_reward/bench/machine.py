@@ -16,6 +16,9 @@ import torch
 MATRIX_SIDE = {"cuda": 8192, "cpu": 2048}
 """Side of the square matrices whose product is timed: large enough that nothing but arithmetic counts."""
 
+WARM_UP = 10
+"""Calls that warm up, at most: allocators, caches and gradients have their sizes by then."""
+
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 
 
@@ -66,22 +69,42 @@ def measure_machine(device: torch.device, dtype: torch.dtype, seconds: float = 1
 
 
 def durations(
-    run: Callable[[], Any], device: torch.device, seconds: float, least: int = 3, most: int = 200
+    run: Callable[[], Any],
+    device: torch.device,
+    seconds: float,
+    least: int = 3,
+    most: int = 200,
+    slow_once: bool = False,
 ) -> list[float]:
-    """Seconds of single calls after one that warms up: at least ``least``, and more until ``seconds`` are over."""
-    run()
-    synchronize(device)
+    """Seconds of single calls: at least ``least``, and more until ``seconds`` are over.
+
+    Calls that warm up come before, until half of ``seconds`` are over, `WARM_UP` of them at most. With ``slow_once`` a first
+    call that takes longer than ``seconds`` is the only one.
+    """
+    first = _timed(run, device)
+    if slow_once and first > seconds > 0:
+        return [first]
+    warm = [first]
+    while sum(warm) < seconds / 2 and len(warm) < WARM_UP:
+        warm.append(_timed(run, device))
     found: list[float] = []
     while len(found) < most and (len(found) < least or sum(found) < seconds):
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        found.append(time.perf_counter() - started)
+        found.append(_timed(run, device))
     return found
 
 
-def spread(values: list[float]) -> float:
-    """Half the distance between the quartiles."""
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def spread(values: list[float]) -> float | None:
+    """Half the distance between the quartiles; ``None`` below three values."""
+    if len(values) < 3:
+        return None
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return (high - low) / 2
 

@@ -16,8 +16,8 @@ from dina_reward.evaluation.markdown import markdown
 
 
 COLUMNS = ("what", "ms", "+/-", "samples/s", "GFLOP", "GFLOP/s", "% rate", "% roof", "GiB")
-"""Median and half the distance of the quartiles; FLOPs of a call; shares of the rate of matrix products and of the
-roofline; peak memory."""
+"""Median and half the distance of the quartiles ("?" where a slow call was made once); FLOPs of a call; shares of the rate
+of matrix products and of the roofline; peak memory."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _cells(row: Row) -> Sequence[str]:
     return (
         row.name,
         f"{1e3 * row.seconds:,.1f}",
-        f"{1e3 * row.spread:,.1f}",
+        "?" if row.spread is None else f"{1e3 * row.spread:,.1f}",
         f"{row.samples_per_second:,.1f}",
         f"{row.flops / 1e9:,.2f}",
         f"{row.flops / row.seconds / 1e9:,.1f}",

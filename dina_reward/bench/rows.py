@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dina_reward.bench.machine import Machine, durations, spread
-from dina_reward.bench.subject import Subject, made_on
+from dina_reward.bench.subject import Subject
 from dina_reward.evaluation.cost import peak_memory, reset_peak_memory
 from dina_reward.likelihood import PreferenceLoss
 from dina_reward.reward import LatentReward
@@ -55,7 +55,7 @@ class Row:
         batch: samples (pairs, for a training step) per call.
         levels: noise levels of a score.
         seconds: median of the calls.
-        spread: half the distance between their quartiles.
+        spread: half the distance between their quartiles; ``None`` where there were fewer than three.
         samples_per_second: ``batch / seconds``.
         flops: of one call, counted; a multiply-add is two.
         rate_share: FLOP/s attained over the machine's own rate of matrix products.
@@ -69,7 +69,7 @@ class Row:
     batch: int
     levels: int
     seconds: float
-    spread: float
+    spread: float | None
     samples_per_second: float
     flops: int
     rate_share: float
@@ -113,11 +113,11 @@ class Case:
         """That of the row."""
         return _name(self)
 
-    def measure(self, machine: Machine, device: torch.device, seconds: float) -> Row:
-        """Counts, times and forgets."""
+    def measure(self, machine: Machine, device: torch.device, seconds: float, slow_once: bool = False) -> Row:
+        """Counts, times and forgets; ``slow_once`` as for `durations`."""
         reset_peak_memory()
         work = self.prepare()
-        times = durations(work.run, device, seconds)
+        times = durations(work.run, device, seconds, slow_once=slow_once)
         median = statistics.median(times)
         read = sum(p.numel() * p.element_size() for module in work.modules for p in module.parameters())
         row = Row(
@@ -203,15 +203,22 @@ def _decode(subject: Subject, batch: int) -> Work:
 def _tower(subject: Subject, batch: int) -> Work:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    with made_on(subject.device, subject.dtype, seed=0):
+    with torch.device("meta"):
         tower = CLIPVisionModel(CLIPVisionConfig(**TOWER)).eval().requires_grad_(False)
+        flops = counted_flops(lambda: tower(pixel_values=torch.empty(batch, 3, 224, 224)))
+    # Which values they are decides nothing, and drawing normal ones for 630 million weights takes longer than a call.
+    tower = tower.to(subject.dtype).to_empty(device=subject.device)
+    for parameter in tower.parameters():
+        parameter.fill_(0.01)
+    for positions in tower.buffers():  # the numbers of the patches, its only buffer
+        positions.copy_(torch.arange(positions.numel()).view_as(positions))
     images = torch.randn(batch, 3, 224, 224, device=subject.device).to(subject.dtype)
 
     def run() -> Any:
         with torch.no_grad():
             return tower(pixel_values=images)
 
-    return Work(run, [tower], counted_flops(run))
+    return Work(run, [tower], flops)
 
 
 def training_cases(subject: Subject, batch_sizes: Sequence[int]) -> Iterator[Case]:

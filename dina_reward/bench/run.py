@@ -36,6 +36,7 @@ class BenchSettings:
         batch_sizes: samples per call of scores and denoiser calls; pixels and gradients are measured at the smallest two.
         compile: measure compiled scores too, which takes minutes to compile.
         seconds: time spent on each row, with three calls at least.
+        quick: a row that takes longer than ``seconds`` is called once, and pixels are measured at the smallest batch alone.
         num_inference_steps, num_train_timesteps: of the iteration that is put together from the rows.
     """
 
@@ -43,6 +44,7 @@ class BenchSettings:
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     compile: bool = True
     seconds: float = 2.0
+    quick: bool = False
     num_inference_steps: int = 10
     num_train_timesteps: int = 4
 
@@ -80,7 +82,7 @@ def run_bench(subject: Subject, settings: BenchSettings | None = None, *, progre
         for case in bar:
             bar.set_postfix_str(f"{case.what}, batch {case.batch}")
             try:
-                rows.append(case.measure(machine, subject.device, settings.seconds))
+                rows.append(case.measure(machine, subject.device, settings.seconds, settings.quick))
             except torch.OutOfMemoryError as error:
                 failed[case.name] = str(error).splitlines()[0]
                 torch.cuda.empty_cache()
@@ -102,7 +104,7 @@ def _cases(subject: Subject, settings: BenchSettings) -> Iterator[Case]:
     if "score" in settings.parts:
         yield from score_cases(subject, sizes, compiled=settings.compile)
     if "pixels" in settings.parts:
-        yield from pixel_cases(subject, sizes[:2])
+        yield from pixel_cases(subject, sizes[: 1 if settings.quick else 2])
     if "training" in settings.parts:
         yield from training_cases(subject, sizes[:2])
     if "denoiser" in settings.parts:

@@ -14,6 +14,7 @@ from dina_reward.cli.distill import distill
 from dina_reward.cli.eval import evaluate
 from dina_reward.cli.info import info
 from dina_reward.cli.options import PASS_THROUGH
+from dina_reward.cli.plan import plan
 from dina_reward.cli.recipes import app as recipes
 from dina_reward.cli.sample import sample
 from dina_reward.cli.score import score
@@ -39,6 +40,7 @@ app.command()(cache)
 app.command(context_settings=PASS_THROUGH)(train)
 app.command(context_settings=PASS_THROUGH)(align)
 app.command()(bench)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
 app.command()(serve)
 app.command(context_settings=PASS_THROUGH)(distill)
 app.command()(convert)

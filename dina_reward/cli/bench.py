@@ -34,7 +34,9 @@ def bench(
     ] = None,
     dtype: DtypeOption = DtypeChoice.float32,
     device: DeviceOption = None,
-    quick: Annotated[bool, typer.Option(help="Small batches, nothing compiled, half a second for each row.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Small batches, nothing compiled, half a second or one call for each row.")
+    ] = False,
     parts: Annotated[
         str, typer.Option(help="Comma-separated: score, pixels, training, denoiser.")
     ] = "score,pixels,training,denoiser",
@@ -58,6 +60,7 @@ def bench(
         batch_sizes=sizes if batch_sizes is None else _numbers(batch_sizes),
         compile=not quick,
         seconds=(0.5 if quick else 2.0) if seconds is None else seconds,
+        quick=quick,
     )
     report = run_bench(_subject(target, size, weights, dtype.value, device), settings, progress=in_terminal())
     written = report.save(output)

@@ -235,7 +235,7 @@ def check_config(
     Raises:
         ValueError: in one line, what is wrong.
     """
-    launch = _launch_of(config, recipe, num_processes)
+    launch = launch_of(config, recipe, num_processes)
     try:
         parsed = parse_config(config, launch, overrides, directory)
     except ValueError as error:
@@ -258,7 +258,12 @@ def parse_config(
     )
 
 
-def _launch_of(config: RecipeConfig, recipe: str | None, num_processes: int | None) -> Launch:
+def launch_of(config: RecipeConfig, recipe: str | None, num_processes: int | None) -> Launch:
+    """The launch line of a configuration, with another script or number of processes where they are given.
+
+    Raises:
+        ValueError: there is neither a line nor a script.
+    """
     launch = config.launch
     if launch is None and recipe is None:
         raise ValueError(f"{config.path} has no '# Launch: ... recipes/NAME.py' line; give --recipe NAME")

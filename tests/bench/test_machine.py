@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from dina_reward.bench import Machine, measure_machine
@@ -26,6 +28,23 @@ def test_calls_are_timed_after_one_that_warms_up() -> None:
     assert len(durations(lambda: calls.append(1), torch.device("cpu"), 0.0, least=4)) == 4
     assert len(calls) == 5
     assert len(durations(lambda: None, torch.device("cpu"), 10.0, most=6)) == 6
+
+
+def test_fast_calls_warm_up_longer_and_slow_ones_need_not_be_repeated() -> None:
+    calls: list[int] = []
+
+    def slow() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    assert len(durations(slow, torch.device("cpu"), 0.01, slow_once=True)) == len(calls) == 1
+    calls.clear()
+    assert len(durations(slow, torch.device("cpu"), 0.09)) >= 3
+    assert len(calls) >= 3 + 3  # 0.045 seconds of warming up
+
+
+def test_two_calls_have_no_spread() -> None:
+    assert spread([1.0, 2.0]) is None
 
 
 def test_the_spread_is_half_the_distance_between_quartiles() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,8 @@ def test_a_report_is_a_table_a_json_file_and_a_picture(tmp_path: Path) -> None:
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         *("score, standalone, K = 3, batch 4", "1,000.0", "10.0", "4.0", "1.00", "1.0", "50.0", "80.0", "1.00"),
     ]
+
+
+def test_a_call_that_was_made_once_has_no_spread() -> None:
+    line = report(replace(ROWS[0], spread=None)).table().splitlines()[-1]
+    assert line.split("|")[3].strip() == "?"

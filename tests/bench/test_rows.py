@@ -77,8 +77,12 @@ def test_pixels_are_decoded_and_looked_at(subject: Subject, monkeypatch: pytest.
         "patch_size": 56,
     }
     monkeypatch.setattr("dina_reward.bench.rows.TOWER", small)
-    settings = BenchSettings(parts=("pixels",), batch_sizes=(1,), seconds=0.0)
-    assert [row.what for row in run_bench(subject, settings, progress=False).rows] == [DECODE, "CLIP-H image tower"]
+    settings = BenchSettings(parts=("pixels",), batch_sizes=(1, 2), seconds=0.0, quick=True)
+    rows = run_bench(subject, settings, progress=False).rows
+    assert [(row.what, row.batch) for row in rows] == [(DECODE, 1), ("CLIP-H image tower", 1)]
+    patches, width = (224 // 56) ** 2, 16
+    products = (patches + 1) * (4 * width * width + 2 * width * width) + 2 * (patches + 1) ** 2 * width
+    assert rows[1].flops == 2 * (products + patches * 3 * 56 * 56 * width)
 
 
 def test_a_row_without_memory_is_named_and_the_others_go_on(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

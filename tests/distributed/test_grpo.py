@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dina_reward.alignment.monitoring.evaluation import HISTORY_NAME, read_history
+from dina_reward.planning import traffic_of
 from tests.alignment.helpers import lora_tensors, tiny_trainer
 from tests.distributed.grpo_worker import run
 
@@ -50,6 +51,26 @@ def test_ranks_hold_their_own_rows_noise_and_advantages(two_ranks, one_rank):
         torch.testing.assert_close(rank["final"], one_rank["final"][rank["rows"]], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(rank["advantages"], one_rank["advantages"][rank["rows"]], atol=1e-3, rtol=1e-3)
     assert not any(torch.equal(a, b) for a in first["initial"] for b in second["initial"])
+
+
+def test_ranks_exchange_as_many_bytes_as_are_planned(two_ranks, one_rank):
+    _, (first, second) = two_ranks
+    trained = sum(tensor.numel() for tensor in first["lora"].values())
+    planned = traffic_of(
+        ranks=2,
+        sharded=False,
+        trained=trained,
+        optimizer_steps=2,
+        denoiser_bytes=0,
+        passes=0,
+        backward_passes=0,
+        samples=12,
+        reward_functions=1,
+        server_bytes=0,
+    )
+    # Two generations; a ring of two ranks sends each gradient once.
+    assert first["gradient_bytes"] == second["gradient_bytes"] == 2 * planned.gradients == 2 * 2 * 4 * trained
+    assert one_rank["gradient_bytes"] == 0
 
 
 def test_integers_survive_the_gather(two_ranks):
