@@ -40,6 +40,7 @@ STAGED = {
     "alignment/costs.py:save_state": "a checkpoint that is still hidden",
     "bench/report.py:draw": "the caller's staging file",
     "alignment/monitoring/best_policy.py:save_state": "a checkpoint that is still hidden",
+    "alignment/monitoring/tightening.py:save_state": "a checkpoint that is still hidden",
     "distill/refresh.py:save_state": "a checkpoint that is still hidden",
     "evaluation/plots.py:plot_evaluation": "a picture, which nothing reads back",
     "evaluation/comparison_plots.py:plot_comparison": "the caller's staging directory",

@@ -41,7 +41,6 @@ from dina_reward.reward import LatentReward
 
 SHAPES = "shapes"
 _SHAPES_PAIRS = 2000
-_PAIRS_PER_POOLED_LATENT = 15
 _ADVICE_DRAWS = 4
 
 
@@ -206,17 +205,15 @@ def open_dataset(request: EvalRequest, pipeline: Any | None) -> OpenedDataset:
 
 def shapes_pairs(request: EvalRequest, pipeline: Any | None) -> list[Preference]:
     """Pairs of the embedded world: ``held_out`` captions for the split ``test``, sources are the two kinds of latents."""
-    from dina_reward.shapes import build_pool, sample_pairs
+    from dina_reward.shapes import fresh_preferences
     from dina_reward.shapes import load_pipeline as load_shapes
     from dina_reward.shapes.preferences import SOURCES
 
     pipeline = pipeline or load_shapes()
-    split = "held_out" if request.split == "test" else request.split
     count = request.max_pairs or _SHAPES_PAIRS
-    pool = build_pool(pipeline, split, max(count // _PAIRS_PER_POOLED_LATENT, 64), request.seed)
     least = request.min_confidence or 0.0
     pairs = []
-    for row in sample_pairs(pool, split, count, request.seed):
+    for row in fresh_preferences(pipeline, request.split, count, request.seed):
         if max(row["p_chosen"], 1 - row["p_chosen"]) >= least:
             sources = " - ".join(sorted(row["kind"].split("-"), key=SOURCES.index))
             pairs.append(replace(as_preference(row)[0], source=sources))

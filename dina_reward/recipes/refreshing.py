@@ -161,7 +161,6 @@ def _old_pairs(dataset: str | None) -> Any:
 
     if dataset != "shapes":
         return None if dataset is None else load_preferences(dataset)
-    from dina_reward.recipes.reward_training import sample_shapes_pairs
-    from dina_reward.shapes import load_pipeline
+    from dina_reward.shapes import fresh_preferences, load_pipeline
 
-    return sample_shapes_pairs(load_pipeline(), "train", _SHAPES_REPLAY, 0)
+    return fresh_preferences(load_pipeline(), "train", _SHAPES_REPLAY, 0)

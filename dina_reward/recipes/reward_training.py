@@ -31,7 +31,7 @@ from dina_reward.training.batching import FirstRows, has_buckets
 
 
 SHAPES = "shapes"
-_PAIRS_PER_POOLED_LATENT = 15
+_SHAPES_PAIRS = 20_000
 
 
 @dataclass
@@ -178,25 +178,17 @@ def load_pairs(arguments: TrainRewardArguments, split: str, limit: int | None) -
     return pairs if limit is None else FirstRows(pairs, limit)
 
 
-def sample_shapes_pairs(pipeline: Any, split: str, limit: int | None, seed: int) -> Any:
-    """Preferences of the embedded world, sampled and labelled on the spot."""
-    from dina_reward.shapes import build_pool, sample_pairs
-
-    count = limit or 20_000
-    split = "held_out" if split == "test" else split
-    pool = build_pool(pipeline, split, max(count // _PAIRS_PER_POOLED_LATENT, 64), seed)
-    return sample_pairs(pool, split, count, seed)
-
-
 def load_inputs(arguments: TrainRewardArguments, seed: int) -> tuple[Any, Any, Any]:
     """Pipeline, training pairs and evaluation pairs (``None`` without a test split)."""
     train, test = arguments.dataset_train_split, arguments.dataset_test_split
     if arguments.dataset_name == SHAPES:
+        from dina_reward.shapes import fresh_preferences
+
         pipeline = load_pipeline(arguments)
-        pairs = sample_shapes_pairs(pipeline, train, arguments.max_train_pairs, seed)
+        pairs = fresh_preferences(pipeline, train, arguments.max_train_pairs or _SHAPES_PAIRS, seed)
         held_out = None
         if test is not None:
-            held_out = sample_shapes_pairs(pipeline, test, arguments.max_eval_pairs, seed + 1)
+            held_out = fresh_preferences(pipeline, test, arguments.max_eval_pairs or _SHAPES_PAIRS, seed + 1)
         return pipeline, pairs, held_out
     pairs = load_pairs(arguments, train, arguments.max_train_pairs)
     held_out = None if test is None else load_pairs(arguments, test, arguments.max_eval_pairs)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dina_reward.shapes.evaluation import PipelineEvaluation, evaluate_pipeline
     from dina_reward.shapes.generator import sample_latents
     from dina_reward.shapes.oracle import Oracle, OracleScores, Reading
-    from dina_reward.shapes.preferences import PreferencePairs, build_pool, sample_pairs
+    from dina_reward.shapes.preferences import PreferencePairs, build_pool, fresh_preferences, sample_pairs
     from dina_reward.shapes.prompts import Scene, all_scenes, sample_prompts, sample_scenes
     from dina_reward.shapes.renderer import render
     from dina_reward.shapes.shipped import load_aligned, load_pipeline, load_reward, weights_dir

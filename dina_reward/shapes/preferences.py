@@ -182,6 +182,10 @@ def preference_probability(gap: Tensor) -> Tensor:
     return torch.special.ndtr(gap / LABEL_NOISE)
 
 
+PAIRS_PER_LATENT = 15
+"""Pairs that `fresh_preferences` draws for each latent of a source."""
+
+
 def build_pool(pipeline: Any, split: str, count: int, seed: int, aligned: Tensor | None = None) -> LatentPool:
     """Make latents of every source in equal numbers and read them.
 
@@ -312,6 +316,20 @@ class _Buckets:
         """How often a wrong value is drawn beside the right one, against 1 for values that are easily told apart."""
         values = _VALUES[attribute]
         return self._alike_weight if {values[right], values[wrong]} == ALIKE else 1.0
+
+
+def fresh_preferences(pipeline: Any, split: str, count: int, seed: int) -> PreferencePairs:
+    """Preferences made on the spot, as the shipped rewards were trained on: fresh latents, and pairs of them.
+
+    Args:
+        pipeline (StableDiffusion3Pipeline or StableDiffusionPipeline): gives the latents.
+        split (str): "train", "held_out", or "test", which is "held_out".
+        count (int): number of pairs.
+        seed (int): seeds every draw.
+    """
+    split = "held_out" if split == "test" else split
+    pool = build_pool(pipeline, split, max(count // PAIRS_PER_LATENT, 64), seed)
+    return sample_pairs(pool, split, count, seed)
 
 
 def _count_matches(first: tuple[int, ...], second: tuple[int, ...]) -> int:

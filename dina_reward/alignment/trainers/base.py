@@ -119,8 +119,6 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         self._check_launch(geometry)
         self.costs = CostCallback(self.policy.calls, args, self.accelerator)
         self.add_callback(self.costs)
-        if args.hacking_tighten > 1:
-            self.add_callback(TightenOnAlarm(args.hacking_tighten))
         self.hacking = self._hacking_callback()
         self.rewards = _reward_set(functions, args, self.policy)
         self.reward_weights = checked_reward_weights(args.reward_weights, len(self.rewards.functions))
@@ -232,7 +230,9 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         )
 
     def _hacking_callback(self) -> RewardHackingCallback:
-        """The reward-hacking alarm among the callbacks, or a new one."""
+        """The reward-hacking alarm among the callbacks, or a new one; adds what answers it, where that is asked for."""
+        if self.args.hacking_tighten > 1:
+            self.add_callback(TightenOnAlarm(self.args.hacking_tighten))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RewardHackingCallback):
                 return callback
