@@ -207,7 +207,7 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
         (lambda: PreferenceLoss()(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3)), r"got \(3, 1\) and \(3,\)"),
         (
             lambda: PreferenceLoss()(torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.ones(2)),
-            "target must be a tensor of numbers with one value per pair",
+            r"target must have one value per pair, shape \(3,\), got \(2,\)",
         ),
     ],
 )

@@ -219,3 +219,17 @@ def test_timesteps_up_to_one_beyond_the_grid_are_its_end() -> None:
     assert ddpm.from_timesteps(1000.0).timestep.tolist() == [999.0]
     with pytest.raises(ValueError, match=r"range \[0, 999\]"):
         ddpm.from_timesteps(1000.5)
+
+
+def test_defaults_of_the_distributions() -> None:
+    def levels(sampler: LevelSampler) -> Tensor:
+        return sampler.sample(4, torch.Generator().manual_seed(0))
+
+    for short, written in (
+        (LevelSampler("power"), LevelSampler("power", exponent=2.0)),
+        (LevelSampler("beta"), LevelSampler("beta", alpha=2.0, beta=2.0)),
+        (LevelSampler("constant"), LevelSampler("constant", value=0.4)),
+        (LevelSampler("mode"), LevelSampler("mode", mode_scale=1.29)),
+        (LevelSampler("logit_normal"), LevelSampler("logit_normal", mean=0.0, std=1.0)),
+    ):
+        assert torch.equal(levels(short), levels(written))

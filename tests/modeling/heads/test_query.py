@@ -124,3 +124,13 @@ def test_a_prompt_without_a_token_reads_its_padding(num_levels: int) -> None:
     expected = head(replace(features, text_mask=mask), num_levels)
     torch.testing.assert_close(head(replace(features, text_mask=~mask), num_levels), expected)
     assert torch.isfinite(expected).all()
+
+
+def test_film_scales_and_shifts_by_hand() -> None:
+    adapter = LayerAdapter(2, 3, 4, project_inputs=True)
+    with torch.no_grad():
+        adapter.cond_mlp[2].bias.copy_(torch.tensor([1.0, 0.5, -0.5, 2.0, 0.1, 0.2, 0.3, 0.4]))
+    tokens = torch.tensor([[[1.0, -2.0]]])
+    gamma, beta = torch.tensor([1.0, 0.5, -0.5, 2.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = adapter.proj(adapter.proj_in(tokens) * (1 + gamma) + beta + adapter.layer_embed)
+    torch.testing.assert_close(adapter(tokens, torch.zeros(1, 3)), expected)
