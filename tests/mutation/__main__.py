@@ -1,6 +1,7 @@
 """Which mutants of the mathematics the mirrored tests do not notice.
 
     python -m tests.mutation --sample 200 --output survivors.json     # or --file likelihood.py, --file ...
+    python -m tests.mutation --again survivors.json                   # the survivors alone, after a test was written
 
 Every mutant is a copy of the package with one operator, comparison, sign or constant changed (`tests.mutation.mutants`). It
 is caught if a mirrored test fails, or does not end in time. The score is the share that is caught. Tests that fail without
@@ -12,10 +13,10 @@ import.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -83,6 +84,15 @@ def _exit_code(child: int, timeout: float) -> int:
     return -1
 
 
+def drawn(mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
+    """A random sample by the digests of the mutants, so that a change elsewhere leaves most of it as it is."""
+
+    def digest(mutant: Mutant) -> bytes:
+        return hashlib.sha256(f"{seed}\n{mutant.file}\n{mutant.old}\n{mutant.new}".encode()).digest()
+
+    return sorted(mutants, key=digest)[:count]
+
+
 def copied(root: Path) -> None:
     """Copies what the tests need."""
     for part in ("dina_reward", "tests", "recipes", "examples"):
@@ -103,12 +113,16 @@ def main() -> None:
     parser.add_argument("--file", action="append", choices=sorted(MIRRORED), help="these files alone")
     parser.add_argument("--sample", type=int, default=200, help="so many mutants, drawn at random; 0 for all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--again", type=Path, help="an earlier report, whose survivors alone are tried")
     parser.add_argument("--timeout", type=float, default=180, help="seconds that the tests of a mutant may take")
     parser.add_argument("--output", type=Path, default=Path("survivors.json"), help="score and survivors")
     arguments = parser.parse_args()
     mutants = [mutant for file in arguments.file or MIRRORED for mutant in mutants_of(ROOT / "dina_reward", file)]
-    if 0 < arguments.sample < len(mutants):
-        mutants = random.Random(arguments.seed).sample(mutants, arguments.sample)
+    if arguments.again is not None:
+        names = set(json.loads(arguments.again.read_text(encoding="utf-8"))["survivors"])
+        mutants = [mutant for mutant in mutants if str(mutant) in names]
+    elif 0 < arguments.sample < len(mutants):
+        mutants = drawn(mutants, arguments.sample, arguments.seed)
     for name in WARM:
         importlib.import_module(name)
     survivors: list[str] = []

@@ -31,6 +31,7 @@ from dina_reward.reward import LatentReward
 from dina_reward.training import LatentRewardTrainingConfig
 from tests.sweep.kinds import ANYWHERE, variants
 from tests.sweep.target import FLAGS, LEVELS, NOTHING, PROMPTS, SEEDS, TEXT, Target
+from tests.tiny_models import tiny_sd3_pipeline
 from tests.training.tiny_reward import tiny_reward
 
 
@@ -135,7 +136,7 @@ FRESH = Target(
 )
 LOADED = Target(
     "LatentReward.from_pretrained",
-    lambda **arguments: LatentReward.from_pretrained(**arguments),
+    lambda **arguments: LatentReward.from_pretrained(**arguments, pipeline=tiny_sd3_pipeline()),
     {"path_or_id": lambda: _saved()},
 )
 DATASET = Target(
