@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 ENSEMBLE = "ensemble"
 
 
+def _check_levels(name: str, levels: Sequence[float]) -> None:
+    check_numbers_list(name, levels)
+    if not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"{name} must lie in [0, 1], got {levels}")
+    if len(set(levels)) != len(levels):
+        raise ValueError(f"{name} repeats a level: {levels}")
+
+
 @dataclass(frozen=True)
 class PairProtocol:
     """How pairs are scored: every listed level on its own, and one ensemble. A column of results is called a *setting*.
@@ -43,14 +51,9 @@ class PairProtocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, levels in (("noise_levels", self.noise_levels), ("ensemble_levels", self.ensemble_levels)):
-            if levels is None and name == "ensemble_levels":
-                continue
-            check_numbers_list(name, levels)
-            if not all(0 <= level <= 1 for level in levels):
-                raise ValueError(f"{name} must lie in [0, 1], got {levels}")
-            if len(set(levels)) != len(levels):
-                raise ValueError(f"{name} repeats a level: {levels}")
+        _check_levels("noise_levels", self.noise_levels)
+        if self.ensemble_levels is not None:
+            _check_levels("ensemble_levels", self.ensemble_levels)
         if not self.noise_levels and not self.ensemble_levels:
             raise ValueError("nothing to evaluate: give noise_levels, ensemble_levels or both")
         check_choice("ensemble", self.ensemble, ("tokens", "mean"))
