@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.checks.tensors import check_numbers, check_values_on_cpu
-from dina_reward.checks.values import check_choice, check_fields
+from dina_reward.checks.values import check_choice, check_fields, check_kind
 
 
 LikelihoodName = Literal["thurstone", "bradley_terry"]
@@ -187,6 +187,7 @@ class PreferenceLoss:
     def __post_init__(self) -> None:
         check_choice("preference loss", self.name, get_args(PreferenceLossName))
         check_fields(self)
+        check_kind("thurstone", self.thurstone, ThurstoneModel)
         if self.margin and self.name != "bradley_terry":
             raise ValueError(f"margin={self.margin} belongs to the loss 'bradley_terry'; {self.name!r} has none")
         if self.margin < 0:

@@ -200,6 +200,7 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
     ("make", "message"),
     [
         (lambda: PreferenceLoss("hinge"), "unknown preference loss 'hinge'; choose one of thurstone_fidelity"),  # type: ignore[arg-type]
+        (lambda: PreferenceLoss(thurstone=2.0), "thurstone must be a ThurstoneModel, got 2.0"),  # type: ignore[arg-type]
         (lambda: PreferenceLoss(margin=1.0), "belongs to the loss 'bradley_terry'"),
         (lambda: PreferenceLoss("bradley_terry", margin=-1.0), "must not be negative"),
         (lambda: ThurstoneModel(variance_scale=-1.0), "variance_scale >= 0"),
