@@ -16,13 +16,15 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from dina_reward.checks.values import check_choice, check_fields
+from dina_reward.checks.tensors import check_numbers, check_values_on_cpu
+from dina_reward.checks.values import check_choice, check_fields, check_kind
 
 
 LikelihoodName = Literal["thurstone", "bradley_terry"]
 PreferenceLossName = Literal["thurstone_fidelity", "thurstone_nll", "bradley_terry", "gaussian"]
 
 VARIANCE_EPS = 1e-6
+LARGEST_VARIANCE = 1e30
 PROBABILITY_EPS = 1e-6
 
 
@@ -111,10 +113,10 @@ class ThurstoneModel(PreferenceModel):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not (self.variance_scale >= 0 and self.variance_offset > 0):
+        if not (0 <= self.variance_scale <= LARGEST_VARIANCE and 0 < self.variance_offset <= LARGEST_VARIANCE):
             raise ValueError(
-                "the Thurstone variance k sigma^2 + c needs variance_scale >= 0 and variance_offset > 0, "
-                f"got {self.variance_scale} and {self.variance_offset}"
+                "the Thurstone variance k sigma^2 + c needs variance_scale >= 0 and variance_offset > 0, both finite in "
+                f"float32 (at most {LARGEST_VARIANCE:g}), got {self.variance_scale} and {self.variance_offset}"
             )
 
     def variance(self, noise_level: Tensor) -> Tensor:
@@ -124,6 +126,7 @@ class ThurstoneModel(PreferenceModel):
     def standardized_margin(self, score_a: Tensor, score_b: Tensor, noise_level: Tensor) -> Tensor:
         """``z = (s_a - s_b) / sqrt(2 var(sigma) + 1e-6)``, shape ``(pairs,)``, so that ``P(a > b) = Phi(z)``."""
         margin = _margin(score_a, score_b)
+        _check_levels(noise_level, len(margin))
         return _standardize(margin, self.variance(noise_level.to(margin)))
 
     def probability(self, score_a: Tensor, score_b: Tensor, noise_level: Tensor) -> Tensor:
@@ -184,6 +187,7 @@ class PreferenceLoss:
     def __post_init__(self) -> None:
         check_choice("preference loss", self.name, get_args(PreferenceLossName))
         check_fields(self)
+        check_kind("thurstone", self.thurstone, ThurstoneModel)
         if self.margin and self.name != "bradley_terry":
             raise ValueError(f"margin={self.margin} belongs to the loss 'bradley_terry'; {self.name!r} has none")
         if self.margin < 0:
@@ -200,17 +204,24 @@ class PreferenceLoss:
     ) -> Tensor:
         """Weighted mean over the batch, a scalar. Weights multiply and are not renormalised.
 
+        Kinds and shapes are checked in every call. Values are looked at on the CPU alone: on an accelerator that would wait
+        for the device in every step, and a NaN shows in the loss that is returned.
+
         Args:
-            score_chosen, score_rejected (`Tensor`): scores, shape ``(pairs,)``.
-            noise_level (`Tensor`): level both sides of a pair were scored at, shape ``(pairs,)``.
+            score_chosen, score_rejected (`Tensor`): scores, floating point, shape ``(pairs,)``.
+            noise_level (`Tensor`): level in ``[0, 1]`` that both sides of a pair were scored at, shape ``(pairs,)`` or a
+                scalar.
             target (`Tensor`, *optional*): probability that the chosen side is really preferred, shape ``(pairs,)``;
                 one by default, ``0.5`` for a tie.
-            weight (`Tensor`, *optional*): shape ``(pairs,)``; one by default.
+            weight (`Tensor`, *optional*): not negative, shape ``(pairs,)``; one by default.
             judged (`Tensor`, *optional*): what a judge scored the two sides, shape ``(pairs, 2)``; needed by ``gaussian``.
+
+        Raises:
+            ValueError: a tensor is of another kind or shape, or (on the CPU) holds NaN or values out of its range.
         """
         losses = self.per_pair(score_chosen, score_rejected, noise_level, target, judged)
         if weight is not None:
-            _check_by_pair("weight", weight, len(losses))
+            _check_by_pair("weight", weight, len(losses), math.inf)
         return losses.mean() if weight is None else (losses * weight.to(losses)).mean()
 
     def per_pair(
@@ -224,17 +235,15 @@ class PreferenceLoss:
         """Loss of every pair, shape ``(pairs,)``; arguments as for the call.
 
         Raises:
-            ValueError: shapes differ, or ``gaussian`` gets no scores of a judge.
+            ValueError: as for the call, or ``gaussian`` gets no scores of a judge.
         """
+        margin = _margin(score_chosen, score_rejected)
+        _check_levels(noise_level, len(margin))
+        if target is not None:
+            _check_by_pair("target", target, len(margin), 1.0)
         if self.name == "gaussian":
             return self._regression(score_chosen, score_rejected, noise_level, judged)
-        margin = _margin(score_chosen, score_rejected)
-        for name, values in (("noise_level", noise_level), ("target", target)):
-            if values is not None:
-                _check_by_pair(name, values, len(margin))
         target = torch.ones_like(margin) if target is None else target.to(margin)
-        if target.shape != margin.shape:
-            raise ValueError(f"target has shape {tuple(target.shape)}, the scores have {tuple(margin.shape)}")
         if self.name == "bradley_terry":
             return _bradley_terry(margin, target, self.margin)
         return _THURSTONE_LOSSES[self.name](
@@ -247,6 +256,9 @@ class PreferenceLoss:
         scores = torch.stack([score_chosen, score_rejected], dim=1).to(
             torch.promote_types(score_chosen.dtype, torch.float32)
         )
+        if judged is not None:
+            check_numbers("judged", judged)
+            check_values_on_cpu("judged", judged)
         if judged is None or judged.shape != scores.shape:
             found = "none" if judged is None else f"shape {tuple(judged.shape)}"
             raise ValueError(
@@ -275,22 +287,30 @@ def _standardize(margin: Tensor, variance: Tensor) -> Tensor:
     return margin / torch.sqrt(2 * variance + VARIANCE_EPS)
 
 
-def _check_by_pair(name: str, values: Any, pairs: int) -> None:
-    if not isinstance(values, Tensor) or values.is_complex() or values.shape not in ((pairs,), (1,), ()):
-        given = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name} must be a tensor of numbers with one value per pair, ({pairs},), got {given}")
+def _check_by_pair(name: str, values: Any, pairs: int, high: float, *, scalar: bool = False) -> None:
+    """One number in ``[0, high]`` per pair."""
+    check_numbers(name, values)
+    if values.shape != (pairs,) and not (scalar and values.ndim == 0):
+        raise ValueError(f"{name} must have one value per pair, shape ({pairs},), got {tuple(values.shape)}")
+    check_values_on_cpu(name, values, 0.0, high)
+
+
+def _check_levels(noise_level: Any, pairs: int) -> None:
+    _check_by_pair("noise_level", noise_level, pairs, 1.0, scalar=True)
 
 
 def _margin(score_a: Tensor, score_b: Tensor) -> Tensor:
     for side in (score_a, score_b):
-        if not isinstance(side, Tensor) or not side.is_floating_point():
-            kind = str(side.dtype) if isinstance(side, Tensor) else type(side).__name__
-            raise ValueError(f"scores must be floating-point tensors, got {kind}")
+        check_numbers("scores", side, floating=True)
     if score_a.shape != score_b.shape or score_a.ndim != 1:
         raise ValueError(
             "scores of the two sides must both have shape (pairs,), "
             f"got {tuple(score_a.shape)} and {tuple(score_b.shape)}"
         )
+    if score_a.device != score_b.device:
+        raise ValueError(f"the scores of the two sides are on {score_a.device} and {score_b.device}")
+    for side in (score_a, score_b):
+        check_values_on_cpu("scores", side)
     dtype = torch.promote_types(score_a.dtype, torch.float32)
     return score_a.to(dtype) - score_b.to(dtype)
 

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from dina_reward.checkpoints.pretrained import PretrainedReward
-from dina_reward.checks.values import checked_int, is_real
+from dina_reward.checks.tensors import check_tensor
+from dina_reward.checks.values import check_flags, checked_int, is_real
 from dina_reward.families import Conditioning
 from dina_reward.likelihood import PreferenceModel, ThurstoneModel, ensemble_level
 from dina_reward.modeling.inputs import (
     NonFiniteError,
     check_embeddings,
-    check_flags,
     check_latents,
     check_size,
-    check_tensor,
     expand_prompts,
     length_note,
     unscaled_note,

@@ -15,11 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import torch
+from hypothesis import settings
 
 from tests.tiny_models import tiny_sd3_pipeline
 
 
 torch.set_num_threads(1)
+settings.register_profile("without deadline", deadline=None)  # a busy machine is no fault of the code, nor of a mutant
+settings.load_profile("without deadline")
 
 LONG_FILES = (
     "integration/test_kill_and_resume.py",

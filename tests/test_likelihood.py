@@ -200,6 +200,7 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
     ("make", "message"),
     [
         (lambda: PreferenceLoss("hinge"), "unknown preference loss 'hinge'; choose one of thurstone_fidelity"),  # type: ignore[arg-type]
+        (lambda: PreferenceLoss(thurstone=2.0), "thurstone must be a ThurstoneModel, got 2.0"),  # type: ignore[arg-type]
         (lambda: PreferenceLoss(margin=1.0), "belongs to the loss 'bradley_terry'"),
         (lambda: PreferenceLoss("bradley_terry", margin=-1.0), "must not be negative"),
         (lambda: ThurstoneModel(variance_scale=-1.0), "variance_scale >= 0"),
@@ -207,7 +208,7 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
         (lambda: PreferenceLoss()(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3)), r"got \(3, 1\) and \(3,\)"),
         (
             lambda: PreferenceLoss()(torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.ones(2)),
-            "target must be a tensor of numbers with one value per pair",
+            r"target must have one value per pair, shape \(3,\), got \(2,\)",
         ),
     ],
 )
@@ -279,3 +280,38 @@ def test_regression_has_the_variance_of_the_preferences():
         ValueError, match="needs a judge's scores of both sides of every pair, shape \\(2, 2\\), got none"
     ):
         loss(chosen, rejected, level)
+
+
+def test_the_margin_is_divided_by_what_the_formula_says() -> None:
+    # sqrt(2 x 1e-6 + 1e-6): with so small a variance the last term counts.
+    z = ThurstoneModel(0.0, 1e-6).standardized_margin(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([0.5]))
+    assert float(z) == pytest.approx(1 / math.sqrt(3e-6), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        (
+            "noise_level",
+            torch.tensor([0.4, 0.4]),
+            r"noise_level must have one value per pair, shape \(3,\), got \(2,\)",
+        ),
+        ("noise_level", torch.full((3,), 1.5), r"noise_level must be finite and lie in \[0, 1\], got 1.5 at \[0\]"),
+        ("noise_level", None, "noise_level must be a torch.Tensor, got NoneType"),
+        ("target", torch.tensor([1.0, math.nan, 1.0]), r"target must be finite and lie in \[0, 1\], got nan at \[1\]"),
+        ("target", torch.ones(3, dtype=torch.bool), "target must be real numbers, got torch.bool"),
+        ("weight", torch.tensor([1.0, 1.0, -1.0]), r"weight must be finite and lie in \[0, inf\], got -1 at \[2\]"),
+        ("weight", torch.tensor([1.0]), r"weight must have one value per pair, shape \(3,\), got \(1,\)"),
+        ("score_chosen", torch.full((3,), math.inf), "scores must be finite, got inf"),
+    ],
+)
+@pytest.mark.parametrize("name", get_args(PreferenceLossName)[:3])
+def test_wrong_tensors_are_refused(name: PreferenceLossName, argument: str, value: Any, message: str) -> None:
+    right = {"score_chosen": torch.ones(3), "score_rejected": torch.zeros(3), "noise_level": torch.tensor(0.4)}
+    with pytest.raises(ValueError, match=message):
+        PreferenceLoss(name)(**{**right, argument: value})
+
+
+def test_a_variance_that_float32_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"both finite in float32 \(at most 1e\+30\)"):
+        ThurstoneModel(variance_offset=1e39)

@@ -397,10 +397,7 @@ def test_wrong_latents_are_refused(reward: LatentReward, latents: Tensor, kind: 
         ({"prompts": "a", "noise_level": "0.4"}, "noise_level must be a number or a sequence of numbers, got '0.4'"),
         ({"prompts": "a", "noise_level": True}, "noise_level must be a number or a sequence of numbers, got 'True'"),
         ({"prompts": "a", "noise_level": {0.4}}, "noise_level must be a number or a sequence of numbers"),
-        (
-            {"prompts": "a", "noise": np.zeros((3, 16, 8, 8))},
-            "noise must be a floating-point torch.Tensor, .*got ndarray",
-        ),
+        ({"prompts": "a", "noise": np.zeros((3, 16, 8, 8))}, "noise must be a torch.Tensor, got ndarray"),
         ({"prompts": "a", "generator": 3}, "generator must be a torch.Generator, got int; pass integers as `seed`"),
         ({"prompts": "half \ud800"}, "holds half of a character"),
         ({"prompt_embeds": [1.0]}, "prompt_embeds must be a torch.Tensor, got list"),

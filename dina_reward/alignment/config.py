@@ -167,20 +167,21 @@ class AlignmentConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if is_real(self.reward_noise_level):
+            self.reward_noise_level = [float(self.reward_noise_level)]  # type: ignore[arg-type]
         self._fill_defaults()
         self._check_numbers()
-        self._check_geometry()
         self._check_reward()
-        self._check_trainer_options()
         check_fields(self, beside=TrainingArguments)
+        # Every value is of its kind now; what follows puts them together.
+        self._check_geometry()
+        self._check_trainer_options()
 
     def _fill_defaults(self) -> None:
         # Without an accelerator torch warns about it and does nothing.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps
-        if isinstance(self.reward_noise_level, (int, float)):
-            self.reward_noise_level = [float(self.reward_noise_level)]
         self.eval_guidance_scale = (
             self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale
         )
@@ -197,8 +198,6 @@ class AlignmentConfig(TrainingArguments):
         for name in _BOUNDED:
             if getattr(self, name) > _LARGEST:
                 raise ValueError(f"{name} must be at most {_LARGEST}, got {getattr(self, name)}")
-        if self.max_sequence_length is not None and self.max_sequence_length > 32_768:
-            raise ValueError(f"max_sequence_length must be at most 32768 tokens, got {self.max_sequence_length}")
         if self.ema_decay is not None:
             check_real(self, "ema_decay", 0, 1)
             if self.ema_decay in (0, 1):
@@ -208,15 +207,13 @@ class AlignmentConfig(TrainingArguments):
         for name in ("max_sequence_length", "max_denoiser_calls", "eval_denoiser_calls"):
             if getattr(self, name) is not None:
                 check_int(self, name, 1)
+        if self.max_sequence_length is not None and self.max_sequence_length > 32_768:
+            raise ValueError(f"max_sequence_length must be at most 32768 tokens, got {self.max_sequence_length}")
         targets = self.lora_target_modules
         if targets is not None and not (
-            targets and isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+            isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
         ):
             raise ValueError(f"lora_target_modules must be a list of names of layers, or null, got {targets!r}")
-        if self.train_full_model and self.load_in_4bit:
-            raise ValueError(
-                "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"
-            )
         check_choice("scale_rewards", self.scale_rewards, get_args(ScaleRewards))
         check_choice("multi_objective_aggregation", self.multi_objective_aggregation, get_args(Aggregation))
 
@@ -275,7 +272,11 @@ class AlignmentConfig(TrainingArguments):
 
     def _check_reward(self) -> None:
         levels = self.reward_noise_level
-        if not levels or not all(is_real(level) and 0 <= level <= 1 for level in levels):
+        if (
+            not isinstance(levels, (list, tuple))
+            or not levels
+            or not all(is_real(level) and 0 <= level <= 1 for level in levels)
+        ):
             raise ValueError(f"reward_noise_level must be one or more levels in [0, 1], got {levels!r}")
         check_choice("reward_ensemble", self.reward_ensemble, ("tokens", "mean"))
         check_real(self, "reward_kappa", 0.0, 1000.0)
@@ -286,6 +287,10 @@ class AlignmentConfig(TrainingArguments):
             raise ValueError(f"reward_weights must be a list of numbers, one per reward function, got {weights!r}")
 
     def _check_trainer_options(self) -> None:
+        if self.train_full_model and self.load_in_4bit:
+            raise ValueError(
+                "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: reward functions read the dataset's columns")
         if self.auto_find_batch_size:

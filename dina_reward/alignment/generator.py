@@ -12,8 +12,13 @@ from dina_reward.alignment.costs import CallCounter
 from dina_reward.alignment.sampling.rollout import PredictFunction
 from dina_reward.alignment.sampling.samplers import Sampler, build_sampler
 from dina_reward.alignment.sampling.steps import SDEType
-from dina_reward.backbones.wrappers import unwrap
+from dina_reward.backbones.wrappers import check_not_offloaded, unwrap
+from dina_reward.checks.values import check_number, checked_int
 from dina_reward.families import Conditioning, ModelFamily, family_of
+
+
+_LONGEST_PROMPT = 32_768  # tokens
+_LARGEST_SIDE = 65_536  # pixels, or frames
 
 
 class Generator:
@@ -32,15 +37,20 @@ class Generator:
         max_sequence_length (`int`, *optional*): length that prompts are encoded to.
 
     Raises:
-        ValueError: a pipeline that samples in a way its family does not support.
+        ValueError: a pipeline that samples in a way its family does not support, or whose denoiser is offloaded; numbers out
+            of range.
     """
 
     def __init__(self, pipeline: Any, *, guidance_scale: float = 1.0, max_sequence_length: int | None = None) -> None:
+        check_number("guidance_scale", guidance_scale, 0.0)
+        if max_sequence_length is not None:
+            checked_int("max_sequence_length", max_sequence_length, 1, _LONGEST_PROMPT)
         self.pipeline = pipeline
         self.family: ModelFamily = family_of(pipeline)
         self.family.check_pipeline(pipeline)
         # Never a wrapper: names in files, averages and checkpoints are those of the model, compiled or not.
         self.denoiser: nn.Module = unwrap(getattr(pipeline, self.family.denoiser_attribute))
+        check_not_offloaded(self.denoiser)
         self.guidance_scale = guidance_scale
         self.max_sequence_length = max_sequence_length
         self.calls = CallCounter()
@@ -53,6 +63,8 @@ class Generator:
 
     def latent_shape(self, height: int, width: int, num_frames: int = 1) -> tuple[int, ...]:
         """Shape of one latent without its batch dimension, in the family's spatial layout."""
+        for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+            checked_int(name, value, 1, _LARGEST_SIDE)
         config: Any = self.denoiser.config
         return self.family.latent_shape(self.pipeline, height, width, config, num_frames)
 

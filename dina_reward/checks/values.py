@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields
 from enum import Enum
 from types import NoneType, UnionType
@@ -116,9 +116,63 @@ def check_int(config: object, name: str, least: int) -> None:
 
 def check_real(config: object, name: str, low: float, high: float) -> None:
     """Refuses a field that is not a finite number in ``[low, high]``."""
-    value = getattr(config, name)
-    if not is_real(value) or not low <= value <= high:
-        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
+    check_number(name, getattr(config, name), low, high)
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Refuses an argument that is not a finite number in ``[low, high]``."""
+    if not is_real(value) or not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r:.80}")
+
+
+def check_numbers_list(name: str, value: object) -> None:
+    """Refuses what is no list of finite numbers."""
+    if not isinstance(value, (list, tuple)) or not all(is_real(number) for number in value):
+        raise ValueError(f"{name} must be a list of finite numbers, got {value!r:.80}")
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuses what is neither true nor false, such as the text ``"false"``, which would be true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r:.80}")
+
+
+def check_kind(name: str, value: object, kind: type) -> None:
+    """Refuses what is no object of a class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {value!r:.80} ({type(value).__name__})")
+
+
+def checked_texts(name: str, value: Any) -> list[str]:
+    """One text or several, as a list with at least one.
+
+    Raises:
+        ValueError: there are none, something is no text, or it is in no order of its own, as sets and mappings are.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, (Mapping, Set, bytes)) or not isinstance(texts, Sequence) or len(texts) == 0:
+        raise ValueError(f"{name} must be a string or a list of at least one, got {value!r:.80}")
+    for text in texts:
+        check_text(f"{name}: each", text)
+    return list(texts)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written down: halves of characters and bytes of another encoding cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(name: str, value: object) -> None:
+    """Refuses what is no text: another type, or half of a character."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {type(value).__name__}: {value!r:.80}")
+    if not is_text(value):
+        raise ValueError(f"{name} {value!r} holds half of a character, which is no text")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -165,6 +166,10 @@ def _check_options(tie_threshold: float | None, output: Path | None) -> None:
         raise ValueError(f"--tie-threshold must be a number of at least 0, got {tie_threshold}")
     if output is not None and output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a directory, but {output} is a file")
+    if output is not None:
+        above = next(folder for folder in output.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(f"--output {output} cannot be made: {above} is no directory that can be written to")
 
 
 def _report(comparison: Comparison, output: Path | None, as_json: bool) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NO_VALUE = ("null", "none", "nan", "")
 """Words that stand for no value, in lower case."""
 SCAN_ROWS = 512
+_BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 
 
 class Columns:
@@ -48,7 +49,11 @@ class Columns:
         column = self.dataset.select_columns([name]).with_format("arrow")[:].column(0)
         if pa.types.is_dictionary(column.type):
             column = pc.cast(column, column.type.value_type)
-        return column
+        plain = without_views(column.type)
+        if plain == column.type:
+            return column
+        chunks = [pa.array(chunk.to_pylist(), plain) for chunk in column.chunks]
+        return pa.chunked_array(chunks, plain)
 
     def text(self, name: str, *, optional: bool = False) -> pa.ChunkedArray:
         """Strings. ``optional``: null and the text "null" are no value; otherwise null is a defect and text is text."""
@@ -162,14 +167,24 @@ class Columns:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def without_views(kind: pa.DataType) -> pa.DataType:
+    """A type with plain text for views of text (and lists of them), for which Arrow has few functions."""
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = without_views(kind.value_type)
+        return kind if inner == kind.value_type else pa.large_list(inner)
+    return kind
 
 
 def _holds_data(kind: pa.DataType) -> bool:
     """Whether a column stores images or latents themselves, not paths."""
     if isinstance(kind, pa.BaseExtensionType):
         return kind.extension_name != "arrow.json"
-    return pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_nested(kind) or any(is_kind(kind) for is_kind in _BINARY)
 
 
 def _is_number(kind: pa.DataType) -> bool:

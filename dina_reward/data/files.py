@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dina_reward.checks.values import is_text
+
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -102,15 +104,6 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
         if not is_text(line):
             raise ValueError(f"line {number} of {path} is not UTF-8: {line[:60]!r}; save the file as UTF-8")
     return [line for line in lines if line]
-
-
-def is_text(value: str) -> bool:
-    """Whether a string can be written down: halves of characters and bytes of another encoding cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _gray(values: np.ndarray) -> Image.Image:

@@ -15,7 +15,8 @@ from typing import IO, Any
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from dina_reward.data.files import is_text, text_encoding
+from dina_reward.checks.values import is_text
+from dina_reward.data.files import text_encoding
 
 
 BATCH_ROWS = 20_000

@@ -302,7 +302,7 @@ def _check_options(
             raise ValueError(f"{name} must lie in [0, 1], got {value!r}")
     if max_pairs_per_prompt is not None:
         checked_int("max_pairs_per_prompt", max_pairs_per_prompt, 1)
-    checked_int("seed", seed, -(2**63))
+    checked_int("seed", seed, 0, 2**64 - 1)
     if not isinstance(soft_labels, bool):
         raise ValueError(f"soft_labels must be True or False, got {soft_labels!r}")
     if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dina_reward.checks.tensors import check_numbers
+from dina_reward.checks.values import check_text
 from dina_reward.families import Conditioning
 
 
@@ -60,10 +62,11 @@ class PreferencePair:
         Raises:
             ValueError: a column is missing, or its value cannot be used; the message names it.
         """
+        if not isinstance(record, Mapping):
+            raise ValueError(f"a preference record must be a mapping of columns, got {record!r:.80}")
         check_columns(record.keys())
         prompt = record["prompt"]
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be text, got {type(prompt).__name__}: {prompt!r}")
+        check_text("prompt", prompt)
         chosen, rejected = (_latent(record[name], name, prompt) for name in ("chosen", "rejected"))
         if chosen.shape != rejected.shape:
             raise ValueError(
@@ -209,12 +212,11 @@ def _latent(value: Any, name: str, prompt: str) -> Tensor:
             "e.g. (channels, height, width)"
         )
     if not latent.is_floating_point():
-        if latent.dtype in (torch.uint8, torch.int8, torch.bool) or latent.is_complex():
-            raise ValueError(
-                f"{name} has dtype {latent.dtype} (prompt {prompt!r}), which looks like pixels; encode images with the "
-                "pipeline's VAE first"
-            )
-        latent = latent.float()
+        raise ValueError(
+            f"{name} has dtype {latent.dtype} (prompt {prompt!r}), which looks like pixels; encode images with the "
+            "pipeline's VAE first"
+        )
+    check_numbers(f"{name} of the prompt {prompt!r}", latent)
     if latent.dtype == torch.float64:
         latent = latent.float()
     if not bool(torch.isfinite(latent).all()):

@@ -50,6 +50,7 @@ class VideoFile:
 
 
 Side: TypeAlias = Image.Image | Tensor | VideoFile
+_TEXTS = (pa.StringScalar, pa.LargeStringScalar, pa.StringViewScalar)
 Stored: TypeAlias = Any
 """What a dataset holds for a side: path, bytes, ``{"bytes", "path"}``, image, or the numbers of a latent."""
 
@@ -67,7 +68,7 @@ def stored_value(column: Any, index: int = 0, position: int | None = None) -> St
     scalar = scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
     if scalar is None or not scalar.is_valid:
         return None
-    if is_json or (position is not None and isinstance(scalar, (pa.StringScalar, pa.LargeStringScalar))):
+    if is_json or (position is not None and isinstance(scalar, _TEXTS)):
         value = parse_json(scalar.as_py(), "the value")
         return value if position is None else value[position]
     if position is not None:
@@ -128,7 +129,7 @@ def read_latent(value: Stored, image_root: Path | None = None, shape: Any = None
             value = np.load(io.BytesIO(value), allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"the latent is no .npy array: {error}") from error
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or value.dtype == np.uint8:
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise ValueError(f"expected a latent, an array of floating point numbers, got {kind}")
     if shape is not None and published_shape(value.shape) != published_shape(shape):

@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 
 from dina_reward.checkpoints.atomic import atomic_directory, settled
 from dina_reward.checks.stored import read_json, read_tensors
+from dina_reward.checks.tensors import check_numbers
+from dina_reward.checks.values import check_text
 from dina_reward.data.records import check_columns, collate_preferences
 
 
@@ -55,8 +57,8 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise ValueError(f"prompts must be a list of strings, one per pair, got {type(prompts).__name__}")
         self.prompts = list(prompts)
-        if not all(isinstance(prompt, str) for prompt in self.prompts):
-            raise ValueError("prompts must be a list of strings, one per pair; some are no strings")
+        for prompt in self.prompts:
+            check_text("prompts: each", prompt)
         for name, latents in (("chosen", chosen), ("rejected", rejected)):
             _check_latents(name, latents)
         pairs = len(self.prompts)
@@ -69,8 +71,7 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
         self.p_chosen = torch.ones(pairs) if p_chosen is None else p_chosen
         self.weight = torch.ones(pairs) if weight is None else weight
         for name, values, high in (("p_chosen", self.p_chosen, 1.0), ("weight", self.weight, math.inf)):
-            if not _is_plain(values) or values.is_complex() or values.dtype == torch.bool:
-                raise ValueError(f"{name} must be a tensor of numbers, one per pair, got {type(values).__name__}")
+            check_numbers(name, values)
             if values.shape != (pairs,):
                 raise ValueError(f"{name} has shape {tuple(values.shape)}; expected ({pairs},), one value per pair")
             if not bool(((values >= 0) & (values <= high) & torch.isfinite(values)).all()):
@@ -144,16 +145,10 @@ class LatentPreferenceDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"the preferences in {directory} cannot be used: {error}") from error
 
 
-def _is_plain(values: Any) -> bool:
-    """Whether something is a tensor with numbers in memory that every operation takes."""
-    dense = isinstance(values, Tensor) and values.layout == torch.strided and not values.is_meta
-    return dense and not str(values.dtype).startswith("torch.float8")
-
-
 def _check_latents(name: str, latents: Any) -> None:
-    if not _is_plain(latents) or not latents.is_floating_point() or latents.ndim < 3:
-        found = f"{tuple(latents.shape)} {latents.dtype}" if isinstance(latents, Tensor) else type(latents).__name__
-        raise ValueError(f"{name} must be a floating-point tensor of latents, (pairs, ...), got {found}")
+    check_numbers(name, latents, floating=True)
+    if latents.ndim < 3:
+        raise ValueError(f"{name} must be a tensor of latents, (pairs, ...), got shape {tuple(latents.shape)}")
     finite = torch.isfinite(latents).flatten(1).all(dim=1)
     if not bool(finite.all()):
         raise ValueError(

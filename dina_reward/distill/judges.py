@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from dina_reward.checks.values import fits
+from dina_reward.checks.values import check_number, fits
 from dina_reward.reward_functions import (
     RewardError,
     call_reward,
@@ -98,12 +98,14 @@ class CallableJudge(Judge):
         timeout: seconds after which a call counts as failed; its thread is left to itself, since Python cannot stop it.
 
     Raises:
-        ValueError: it is async, or names neither samples nor sides.
+        ValueError: it is async, names neither samples nor sides, or the timeout is no number of seconds.
     """
 
     def __init__(self, function: Callable[..., Any], timeout: float | None = None, name: str | None = None) -> None:
         (self.function,) = reward_list(function, "judge")
         check_synchronous(function)
+        if timeout is not None:
+            check_number("timeout", timeout, 1e-3, _LONGEST_SECONDS)
         self.timeout = timeout
         names = parameter_names(function)
         named = {each: each in names for each in (*_SIDES, *_SAMPLES)}
@@ -152,6 +154,7 @@ class CallableJudge(Judge):
         return result
 
 
+_LONGEST_SECONDS = 1e6  # eleven days; what threads can wait for has an end
 _SAMPLES = ("images", "latents")
 _SIDES = ("images_a", "images_b", "latents_a", "latents_b")
 
@@ -230,9 +233,14 @@ def judge_weights(weights: Sequence[float] | None, judges: Sequence[Judge]) -> l
     Raises:
         ValueError: another number of weights, or weights that are negative or all zero.
     """
-    given = [1.0] * len(judges) if weights is None else list(weights)
-    if len(given) != len(judges) or not all(fits(w, float) and w >= 0 for w in given) or sum(given) <= 0:
+    given = [1.0] * len(judges) if weights is None else weights
+    if (
+        not isinstance(given, (list, tuple))
+        or len(given) != len(judges)
+        or not all(fits(w, float) and w >= 0 for w in given)
+        or sum(given) <= 0
+    ):
         raise ValueError(
-            f"judge weights must be {len(judges)} numbers, one per judge, not negative and not all 0, got {given}"
+            f"judge weights must be {len(judges)} numbers, one per judge, not negative and not all 0, got {given!r:.80}"
         )
     return [float(weight) / sum(given) for weight in given]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dina_reward.checkpoints.atomic import atomic_file
 from dina_reward.checks.stored import read_json
+from dina_reward.checks.values import check_kind, checked_int, checked_texts
 from dina_reward.data.buckets import Bucket
 from dina_reward.data.cache_writer import LatentCacheWriter
 from dina_reward.distill.judges import Answer, Judge, JudgeBatch, as_judges, judge_weights
@@ -25,13 +26,14 @@ from dina_reward.distill.processes import OneProcess, on_main, processes_first
 from dina_reward.distill.selection import Selection, score_candidates, select
 from dina_reward.distill.soft_labels import JudgeScale, fit_scale
 from dina_reward.distill.sources import SampleSource
-from dina_reward.noise.draws import fold_seed
+from dina_reward.noise.draws import checked_seed, fold_seed
 from dina_reward.reward import LatentReward
 from dina_reward.training.run_settings import tensor_digest, text_digest
 
 
 SAMPLES_NAME = "samples.json"
 _STREAM, _NOISE, _ORDER = 0x6C626C, 0x6C6E7A, 0x6C6F72
+_LARGEST_BUDGET = 100_000_000
 
 
 class JudgeLabeller:
@@ -67,7 +69,10 @@ class JudgeLabeller:
     ) -> None:
         self.judges = as_judges(judge, timeout)
         self.weights = judge_weights(weights, self.judges)
-        self.limits, self.settings = limits or JudgeLimits(), settings or LabelSettings()
+        self.limits = JudgeLimits() if limits is None else limits
+        self.settings = LabelSettings() if settings is None else settings
+        check_kind("limits", self.limits, JudgeLimits)
+        check_kind("settings", self.settings, LabelSettings)
 
     @property
     def compares(self) -> bool:
@@ -164,8 +169,12 @@ class JudgeLabeller:
     def _plan(
         self, source: SampleSource, prompts: Sequence[str], budget: int, reward: LatentReward | None, seed: int
     ) -> LabelPlan:
-        if isinstance(prompts, str) or len(prompts) == 0 or not all(isinstance(p, str) for p in prompts):
-            raise ValueError("prompts must be a list of at least one text")
+        check_kind("source", source, SampleSource)
+        prompts = checked_texts("prompts", prompts)
+        checked_int("budget", budget, 1, _LARGEST_BUDGET)
+        seed = checked_seed(seed)
+        if reward is not None:
+            check_kind("reward", reward, LatentReward)
         groups, repeats = self.groups_within(budget)
         members = self.settings.group_size if reward is None else self.settings.candidates
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(fold_seed(seed, _ORDER))).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from dina_reward.alignment.monitoring.attached import AttachedCallback
 from dina_reward.alignment.sampling.prompts import PromptTable
 from dina_reward.checkpoints.atomic import atomic_directory, atomic_file
 from dina_reward.checks.stored import read_json, read_tensors
+from dina_reward.checks.values import check_kind, checked_texts
+from dina_reward.data import PreferencePair
 from dina_reward.data.cached import CachedPreferences
 from dina_reward.distill.drift import DriftSettings, DriftSnapshot, drift_reasons, snapshot
 from dina_reward.distill.labeller import JudgeLabeller
@@ -75,8 +77,17 @@ class RewardRefresh(AttachedCallback):
         audit_prompts: Sequence[str] | None = None,
         replay: Any | None = None,
     ) -> None:
-        self.labeller, self.reward, self.settings = labeller, reward, settings or RefreshSettings()
-        self.audit_prompts = None if audit_prompts is None else list(audit_prompts)
+        self.labeller, self.reward = labeller, reward
+        self.settings = RefreshSettings() if settings is None else settings
+        for name, value, kind in (
+            ("labeller", labeller, JudgeLabeller),
+            ("reward", reward, LatentReward),
+            ("settings", self.settings, RefreshSettings),
+        ):
+            check_kind(name, value, kind)
+        self.audit_prompts = None if audit_prompts is None else checked_texts("audit_prompts", audit_prompts)
+        if replay is not None:
+            _check_replay(replay)
         self.replay = replay
         self.records: list[RefreshRecord] = []
         self.checks = self.check_calls = 0
@@ -401,3 +412,16 @@ def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as staging:
         staging.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_replay(replay: Any) -> None:
+    """Refuses what has no rows of preferences; the first is looked at."""
+    has_rows = hasattr(replay, "__len__") and hasattr(replay, "__getitem__")
+    if (
+        not has_rows
+        or isinstance(replay, (str, bytes, type))
+        or len(replay) == 0
+        or not isinstance(replay[0], Mapping)
+    ):
+        raise ValueError(f"replay must be a dataset of preferences, got {replay!r:.80} ({type(replay).__name__})")
+    PreferencePair.from_record(replay[0])

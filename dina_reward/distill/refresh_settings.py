@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dina_reward.checks.values import check_fields
+from dina_reward.checks.values import check_fields, check_kind
 from dina_reward.distill.drift import DriftSettings
 from dina_reward.likelihood import PreferenceLossName
 
@@ -44,6 +44,8 @@ class RefreshSettings:
 
     def __post_init__(self) -> None:
         large = math.inf
+        if self.drift is not None:
+            check_kind("drift", self.drift, DriftSettings)
         check_fields(
             self,
             every=(1, large),

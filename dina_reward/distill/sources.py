@@ -14,7 +14,7 @@ from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.rollout import PredictFunction, sample
 from dina_reward.alignment.sampling.samplers import Sampler, build_sampler
 from dina_reward.alignment.sampling.seeding import noise_by_row
-from dina_reward.backbones.wrappers import unwrap
+from dina_reward.backbones.wrappers import check_not_offloaded, unwrap
 from dina_reward.data.cache_manifest import pipeline_fingerprint
 from dina_reward.families import family_of
 from dina_reward.training.run_settings import tensor_digest
@@ -85,6 +85,7 @@ class PipelineSource(SampleSource):
         super().__init__(pipeline, height, width)
         self.family.check_pipeline(pipeline)
         self.denoiser = unwrap(getattr(pipeline, self.family.denoiser_attribute))
+        check_not_offloaded(self.denoiser)
         self.steps, self.guidance_scale = num_inference_steps, guidance_scale
         self.max_sequence_length, self.batch_size = max_sequence_length, batch_size
 

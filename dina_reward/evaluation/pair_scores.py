@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dina_reward.checks.values import check_choice, check_flags, check_kind, check_numbers_list, checked_int
 from dina_reward.data.records import PreferenceBatch, collate_preferences
 from dina_reward.evaluation.columns import plain_columns, select_columns
 from dina_reward.likelihood import PreferenceModel, ensemble_level
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
     from dina_reward.reward import LatentReward
 
 ENSEMBLE = "ensemble"
+
+
+def _check_levels(name: str, levels: Sequence[float]) -> None:
+    check_numbers_list(name, levels)
+    if not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"{name} must lie in [0, 1], got {levels}")
+    if len(set(levels)) != len(levels):
+        raise ValueError(f"{name} repeats a level: {levels}")
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,13 @@ class PairProtocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_levels("noise_levels", self.noise_levels)
+        if self.ensemble_levels is not None:
+            _check_levels("ensemble_levels", self.ensemble_levels)
         if not self.noise_levels and not self.ensemble_levels:
             raise ValueError("nothing to evaluate: give noise_levels, ensemble_levels or both")
-        if len(set(self.noise_levels)) != len(self.noise_levels):
-            raise ValueError(f"noise_levels repeats a level: {self.noise_levels}")
+        check_choice("ensemble", self.ensemble, ("tokens", "mean"))
+        checked_int("seed", self.seed, -(2**63), 2**64 - 1)
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -169,7 +181,15 @@ def score_pairs(
     Raises:
         ValueError: no pairs, an unusable record, or a column that the first record lacks.
     """
-    protocol = protocol or PairProtocol()
+    protocol = PairProtocol() if protocol is None else protocol
+    check_kind("protocol", protocol, PairProtocol)
+    if not hasattr(reward, "prompt_encoder") or isinstance(reward, type):
+        raise ValueError(f"reward must be a LatentReward, got {reward!r:.80} ({type(reward).__name__})")
+    iterable = hasattr(type(pairs), "__iter__") or hasattr(type(pairs), "__getitem__")
+    if not iterable or isinstance(pairs, (str, bytes, Mapping, type)):
+        raise ValueError(f"pairs must be preference records, got {pairs!r:.80} ({type(pairs).__name__})")
+    batch_size = checked_int("batch_size", batch_size, 1)
+    check_flags(progress=progress)
     total = len(pairs) if isinstance(pairs, Sized) else None
     chosen, rejected, p_chosen, position = [], [], [], 0
     prompts: list[str] = []
@@ -204,8 +224,6 @@ def score_pairs(
 
 
 def _batches(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
-    if size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {size}")
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dina_reward.checks.values import checked_int, checked_texts
 from dina_reward.evaluation.accuracy import Accuracy, TieConvention, accuracy_by_noise
 from dina_reward.evaluation.calibration import Calibration, measure_calibration
 from dina_reward.evaluation.cell_tables import cells_table
@@ -16,6 +17,8 @@ from dina_reward.evaluation.pair_scores import ENSEMBLE, PairProtocol, PairScore
 
 if TYPE_CHECKING:
     from dina_reward.reward import LatentReward
+
+_MOST_BINS, _MOST_RESAMPLES = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ def evaluate_preferences(
     Raises:
         ValueError: no pairs, an unusable record, or a column that the dataset lacks; the message names those it has.
     """
-    columns = (by,) if isinstance(by, str) else tuple(by)
+    columns = () if isinstance(by, (list, tuple)) and not by else tuple(checked_texts("by", by))
+    TieConvention.named(ties)
+    checked_int("num_bins", num_bins, 1, _MOST_BINS)
+    checked_int("resamples", resamples, 1, _MOST_RESAMPLES)
     scores = score_pairs(reward, pairs, protocol, columns=columns, batch_size=batch_size, progress=progress)
     return report_from_scores(scores, by=columns, ties=ties, num_bins=num_bins, resamples=resamples)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dina_reward.checks.tensors import check_numbers
 from dina_reward.integrations.scoring import LatentScorer
 
 
@@ -27,7 +28,8 @@ def as_row_reward(reward: Callable[..., Tensor], *, seed: int = 0, **options: An
     scorer = LatentScorer(reward, seed, options=options)
 
     def score(latents: Tensor, captions: str | Sequence[str], **size: Any) -> Tensor:
-        prompts = [captions] * len(latents) if isinstance(captions, str) else list(captions)
+        check_numbers("latents", latents, floating=True)
+        prompts = [captions] * len(latents) if isinstance(captions, str) else captions
         return scorer(latents, prompts, **size)
 
     return score

@@ -14,13 +14,15 @@ they have encoded themselves:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dina_reward.integrations.scoring import prompt_seeds
+from dina_reward.checks.values import checked_texts, is_int
+from dina_reward.integrations.scoring import check_callable, prompt_seeds
+from dina_reward.noise.draws import checked_seed
 
 
 class ScoreCallback:
@@ -51,6 +53,16 @@ class ScoreCallback:
         seed: int = 0,
         **options: Any,
     ) -> None:
+        if not hasattr(reward, "score_noisy") or isinstance(reward, type):
+            raise ValueError(f"reward must be a LatentReward, which scores noisy states, got {reward!r:.80}")
+        checked_seed(seed)
+        if prompts is not None:
+            checked_texts("prompts", prompts)
+        listed = isinstance(steps, (Sequence, Set)) and not isinstance(steps, (str, bytes))
+        if steps is not None and not (listed and all(is_int(step) for step in steps)):
+            raise ValueError(f"steps must be a collection of integers, got {steps!r:.80}")
+        if stop is not None:
+            check_callable("stop", stop)
         self.reward = reward
         self.prompts = prompts
         self.steps = steps

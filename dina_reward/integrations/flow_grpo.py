@@ -10,13 +10,15 @@ In ``config.reward_fn`` the latent reward is called ``latent_reward``: ``{"laten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dina_reward.integrations.scoring import LatentScorer
+from dina_reward.checks.values import check_kind, check_number
+from dina_reward.integrations.scoring import LatentScorer, check_callable
 
 
 NAME = "latent_reward"
@@ -50,9 +52,14 @@ def multi_score_with(
         each reward and their weighted sum ``"avg"`` are lists of floats.
 
     Raises:
-        ValueError: there is no weight for the latent reward, or other rewards and nothing that makes them.
+        ValueError: a weight is no number, there is none for the latent reward, or other rewards and nothing that makes them.
     """
-    weights = {NAME: 1.0} if weights is None else dict(weights)
+    weights = {NAME: 1.0} if weights is None else weights
+    check_kind("weights", weights, Mapping)
+    for name, weight in weights.items():
+        check_number(f"the weight of {name!r}", weight, -math.inf)
+    if pixel_multi_score is not None:
+        check_callable("pixel_multi_score", pixel_multi_score)
     if NAME not in weights:
         raise ValueError(f"weights must have an entry {NAME!r} for the latent reward, got {sorted(weights)}")
     others = {name: weight for name, weight in weights.items() if name != NAME}

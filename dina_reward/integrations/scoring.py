@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dina_reward.checks.tensors import check_numbers
+from dina_reward.checks.values import check_number, checked_texts
+from dina_reward.noise.draws import checked_seed
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,12 @@ class LatentScorer:
     score_bias: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_reward(self.reward)
+        checked_seed(self.seed)
+        check_number("score_scale", self.score_scale, -math.inf)
+        check_number("score_bias", self.score_bias, -math.inf)
+
     def __call__(self, latents: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
         """Scores of a batch, without gradient.
 
@@ -50,7 +63,8 @@ class LatentScorer:
 
     def differentiable(self, latents: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
         """As `__call__`, with the graph to ``latents`` where the reward has a `score` method."""
-        prompts = [str(prompt) for prompt in prompts]
+        check_numbers("latents", latents, floating=True)
+        prompts = prompt_per_row(prompts)
         given = {"seed": prompt_seeds(prompts, self.seed), **self.options, **options}
         if given.get("prompt_embeds") is not None:
             prompts = None  # type: ignore[assignment]
@@ -81,6 +95,44 @@ class LatentScorer:
                 "that the pipeline returns for output_type='latent'"
             )
         return self.reward.family.encode_images(pipeline, [_pil(image) for image in images])  # type: ignore[attr-defined]
+
+
+def check_reward(reward: Any) -> None:
+    """Refuses what cannot be called with latents, prompts and ``seed=``.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    check_callable("reward", reward)
+    function = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    try:
+        inspect.signature(function).bind(None, None, seed=None)
+    except TypeError as error:
+        raise ValueError(
+            f"reward must be a LatentReward, or be called like one, reward(latents, prompts, seed=...); got {reward!r:.80}: "
+            f"{error}"
+        ) from None
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Refuses what is no function; a class is none.
+
+    Raises:
+        ValueError: naming what was given.
+    """
+    if not callable(value) or isinstance(value, type):
+        raise ValueError(f"{name} must be a function, got {value!r:.80} ({type(value).__name__})")
+
+
+def prompt_per_row(prompts: Any) -> list[str]:
+    """Prompts as clients hold them: a list, a tuple, an array of text; never one text, whose letters would be the rows'.
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be one per latent, got the text {prompts!r:.80}; put it into a list")
+    return checked_texts("prompts", prompts.tolist() if isinstance(prompts, np.ndarray) else prompts)
 
 
 def prompt_seeds(prompts: Sequence[str], seed: int = 0) -> list[int]:

@@ -14,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_reward.checks.tensors import check_tensor
+from dina_reward.checks.values import check_kind, check_number, check_text, checked_int
+from dina_reward.integrations.scoring import check_reward
+from dina_reward.noise.draws import checked_seed
+
 
 Row = tuple[dict[str, Tensor], dict[str, Any], Future[float]]
+
+_LONGEST_WAIT = 60_000.0
 
 
 class MicroBatcher:
@@ -36,12 +43,10 @@ class MicroBatcher:
     """
 
     def __init__(self, reward: Callable[..., Tensor], *, max_batch_size: int = 16, max_wait_ms: float = 10.0) -> None:
-        if max_batch_size < 1 or max_wait_ms < 0:
-            raise ValueError(
-                f"max_batch_size must be at least 1 and max_wait_ms at least 0, got {max_batch_size}, {max_wait_ms}"
-            )
+        check_reward(reward)
+        check_number("max_wait_ms", max_wait_ms, 0.0, _LONGEST_WAIT)
         self.reward = reward
-        self.max_batch_size = max_batch_size
+        self.max_batch_size = checked_int("max_batch_size", max_batch_size, 1)
         self.max_wait = max_wait_ms / 1000
         self.batch_sizes: list[int] = []
         self._rows: queue.SimpleQueue[Row] = queue.SimpleQueue()
@@ -58,10 +63,19 @@ class MicroBatcher:
             seed: of the row's noise.
             prompt: in place of embeddings.
             options: further arguments; rows with equal ones are scored together.
+
+        Raises:
+            ValueError: more rows than one, no latents, or arguments of another kind.
         """
+        check_kind("tensors", tensors, Mapping)
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor)
         wrong = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.shape[:1] != (1,)}
         if wrong or "latents" not in tensors:
             raise ValueError(f"expected `latents` and embeddings with one row each, got {wrong or sorted(tensors)}")
+        if prompt is not None:
+            check_text("prompt", prompt)
+        seed = checked_seed(seed)
         future: Future[float] = Future()
         self._rows.put((dict(tensors), {"seed": seed, "prompt": prompt, "options": options}, future))
         with self._lock:

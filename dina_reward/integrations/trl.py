@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_reward.checks.values import check_flags
 from dina_reward.families import family_of
 from dina_reward.integrations.scoring import LatentScorer
 
@@ -43,6 +44,7 @@ def as_trl_reward(
         seed: equal prompts see equal noise, which depends on it.
         options: further arguments of `LatentReward.score`.
     """
+    check_flags(differentiable=differentiable)
     scorer = LatentScorer(reward, seed, options=options)
     score = scorer.differentiable if differentiable else scorer.__call__
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_reward.checks.tensors import check_dense, check_tensor
 from dina_reward.checks.values import is_int
 from dina_reward.families import Conditioning, ModelFamily
 
@@ -83,26 +84,6 @@ def length_note(conditioning: Conditioning, expected: int | None) -> str | None:
     )
 
 
-def check_tensor(name: str, value: Any, advice: str = "") -> None:
-    """Refuses what is no tensor, such as lists and numpy arrays.
-
-    Raises:
-        ValueError: naming what was given.
-    """
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}{advice and f'; {advice}'}")
-
-
-def check_dense(name: str, tensor: Tensor) -> None:
-    """Refuses tensors that few operations take: sparse ones, and numbers of 8 bits.
-
-    Raises:
-        ValueError: naming layout and dtype.
-    """
-    if tensor.layout != torch.strided or str(tensor.dtype).startswith("torch.float8"):
-        raise ValueError(f"{name} must be dense and of at least 16 bits, got {tensor.layout} of {tensor.dtype}")
-
-
 def expand_prompts(prompts: str | Sequence[str], batch: int) -> list[str]:
     """One prompt per latent.
 
@@ -116,13 +97,6 @@ def expand_prompts(prompts: str | Sequence[str], batch: int) -> list[str]:
     if len(prompts) != batch:
         raise ValueError(f"got {len(prompts)} prompts for {batch} latents; give one prompt per latent, or one string")
     return list(prompts)
-
-
-def check_flags(**flags: Any) -> None:
-    """Refuses what is neither true nor false, such as the text ``"false"``, which would be true."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_size(latents: Tensor, height: int | None, width: int | None) -> None:

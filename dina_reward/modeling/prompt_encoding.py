@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_reward.checks.values import check_text
 from dina_reward.families import Conditioning, ModelFamily
 from dina_reward.modeling.content import TextEncoderState, remove_capturing_hooks, text_encoders
 
@@ -90,7 +91,7 @@ class PromptEncoder:
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts must be a list of strings, got {type(prompts).__name__} {str(prompts)[:80]!r}")
         for prompt in prompts:
-            _check_text(prompt)
+            check_text("prompt", prompt)
         position: dict[str, int] = {}
         index = torch.tensor([position.setdefault(prompt, len(position)) for prompt in prompts], device="cpu")
         with self._lock:
@@ -159,13 +160,6 @@ class PromptEncoder:
                 self._cache.popitem(last=False)
         rows |= given
         return [rows[prompt] for prompt in order]
-
-
-def _check_text(prompt: str) -> None:
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the prompt {prompt!r} holds half of a character, which is no text") from None
 
 
 def _rows_per_call(family: ModelFamily, pipeline: Any) -> int:

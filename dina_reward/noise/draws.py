@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dina_reward.checks.tensors import check_numbers
 from dina_reward.checks.values import checked_int, integer
 
 
@@ -43,10 +44,13 @@ def draw_noise(
         `Tensor`: shape ``(num_samples, batch, ...)``, float32, on the device of ``latents``.
 
     Raises:
-        ValueError: several sources of noise at once, or shapes that do not fit.
+        ValueError: several sources of noise at once, latents that are no floating-point tensor, or shapes that do not fit.
     """
     if sum(source is not None for source in (seed, generator, noise)) > 1:
         raise ValueError("give only one of `seed`, `generator` and `noise`")
+    check_numbers("latents", latents, floating=True)
+    if latents.ndim == 0:
+        raise ValueError("latents must have a batch dimension, got a scalar")
     num_samples = checked_int("num_noise_samples", num_samples, 1, _MOST_SAMPLES)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(
@@ -191,14 +195,7 @@ def check_noise(noise: Any) -> None:
     Raises:
         ValueError: with the fault.
     """
-    right = isinstance(noise, Tensor) and noise.is_floating_point() and noise.layout == torch.strided
-    if not right or noise.is_meta or str(noise.dtype).startswith("torch.float8"):
-        kind = (
-            f"a tensor of {noise.dtype}, {noise.layout}, on {noise.device}"
-            if isinstance(noise, Tensor)
-            else type(noise).__name__
-        )
-        raise ValueError(f"noise must be a floating-point torch.Tensor, dense and of at least 16 bits, got {kind}")
+    check_numbers("noise", noise, floating=True)
     if not bool(torch.isfinite(noise).all()):
         raise ValueError("noise holds NaN or infinite values")
 

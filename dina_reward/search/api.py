@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -15,7 +15,15 @@ from dina_reward.alignment.generator import Generator
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.steps import SDEType
 from dina_reward.backbones.wrappers import check_not_offloaded
-from dina_reward.checks.values import is_int, is_real
+from dina_reward.checks.values import (
+    check_choice,
+    check_flags,
+    check_number,
+    checked_int,
+    checked_texts,
+    is_int,
+    is_real,
+)
 from dina_reward.noise import is_flow_matching
 from dina_reward.reward import LatentReward
 from dina_reward.reward_functions import RewardFunction, callable_name, unwrapped
@@ -37,6 +45,9 @@ METHODS: dict[str, type[SearchMethod]] = {
 """The methods by name; each is a dataclass of its settings."""
 
 FLOW_ETA, DDIM_ETA = 0.7, 1.0
+_LARGEST_BUDGET = 1_000_000
+_MOST_STEPS = 10_000
+_LARGEST_ETA = 1000.0
 
 
 def search(
@@ -109,10 +120,12 @@ def search(
         RewardError: a reward that is not optional failed.
     """
     chosen = method_of(method, options)
-    texts = checked_prompts(prompts)
-    _check_numbers(budget=budget, keep=keep, batch_size=batch_size, seed=seed, num_frames=num_frames)
-    check_steppable(pipeline)
+    texts = checked_texts("prompts", prompts)
+    _check_numbers(budget, keep, batch_size)
+    checked_int("seed", seed, 0, 2**64 - 1)
+    check_flags(return_pairs=return_pairs)
     generator = Generator(pipeline, guidance_scale=guidance_scale, max_sequence_length=max_sequence_length)
+    check_steppable(pipeline)
     settings: dict[str, Any] = {"ensemble": reward_ensemble, "num_noise_samples": reward_num_noise_samples}
     if reward_noise_level is not None:
         settings["noise_level"] = reward_noise_level
@@ -138,9 +151,18 @@ def search(
 
 
 def carry_out(method: SearchMethod, run: SearchRun) -> SearchResult:
-    """Runs a method on a run that nothing has been drawn for yet."""
+    """Runs a method on a run that nothing has been drawn for yet.
+
+    Raises:
+        ValueError: no reward applies to any sample.
+    """
     started = time.perf_counter()
     particles, scores = method.run(run)
+    if bool(torch.isneginf(scores).all()):
+        raise ValueError(
+            "the rewards apply to none of the samples: they returned None or NaN for every one, which leaves nothing to "
+            "choose by"
+        )
     return SearchResult(
         latents=particles.latents,
         prompts=run.texts_of(particles),
@@ -167,25 +189,12 @@ def method_of(method: str | SearchMethod, options: dict[str, Any]) -> SearchMeth
         if options:
             raise ValueError(f"{sorted(options)} are given besides a {type(method).__name__}; set them in it")
         return method
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    check_choice("method", method, tuple(METHODS))
     known = [field.name for field in fields(METHODS[method])]  # type: ignore[arg-type]
     unknown = sorted(options.keys() - set(known))
     if unknown:
         raise ValueError(f"{method} has no option {unknown[0]!r}; it takes {', '.join(known)}")
     return METHODS[method](**options)
-
-
-def checked_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """Prompts as a list.
-
-    Raises:
-        ValueError: there are none, or they are no strings.
-    """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"prompts must be a string or a list of at least one, got {prompts!r:.80}")
-    return texts
 
 
 def check_steppable(pipeline: Any) -> None:
@@ -219,7 +228,7 @@ def image_size(pipeline: Any, generator: Generator, height: int | None, width: i
         if not is_int(side):
             raise ValueError(f"{type(pipeline).__name__} states no size of its own; give height and width in pixels")
         own = int(side) * int(pipeline.vae_scale_factor)
-        return height or own, width or own
+        return own if height is None else height, own if width is None else width
     return height, width
 
 
@@ -244,8 +253,11 @@ def sampler_of(
         ValueError: the steps do not fit the method or the scheduler.
     """
     flow = is_flow_matching(generator.pipeline.scheduler.config)
-    if not is_int(steps) or steps < 1:
-        raise ValueError(f"num_inference_steps must be a positive integer, got {steps!r}")
+    checked_int("num_inference_steps", steps, 1, _MOST_STEPS)
+    if eta is not None:
+        check_number("eta", eta, 0.0, _LARGEST_ETA)
+    if sde_type is not None:
+        check_choice("sde_type", sde_type, get_args(SDEType))
     if not method.needs_noise:
         if eta or sde_type is not None:
             raise ValueError(f"{method.name} takes deterministic steps; leave eta and sde_type away")
@@ -264,13 +276,14 @@ def sampler_of(
     return generator.sampler(steps, shape, sde_type=kind, eta=eta or (FLOW_ETA if flow else DDIM_ETA), device=device)
 
 
-def _check_numbers(*, budget: Any, **integers: Any) -> None:
-    if not is_real(budget) or budget < 1:
-        raise ValueError(f"budget must be a number of samples of at least 1, got {budget!r}; one sample costs 1")
-    for name, value in integers.items():
-        least = 0 if name == "seed" else 1
-        if not is_int(value) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _check_numbers(budget: Any, keep: Any, batch_size: Any) -> None:
+    if not is_real(budget) or not 1 <= budget <= _LARGEST_BUDGET:
+        raise ValueError(
+            f"budget must be a number of samples of at least 1 and at most {_LARGEST_BUDGET}, got {budget!r:.80}; one "
+            "sample costs 1"
+        )
+    checked_int("keep", keep, 1)
+    checked_int("batch_size", batch_size, 1)
 
 
 def _check_family(judge: Judge, generator: Generator) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dina_reward.alignment.costs import CallCounter
 from dina_reward.alignment.experience.maker import checked_reward_weights
+from dina_reward.checks.values import checked_texts
 from dina_reward.reward import LatentReward
 from dina_reward.reward_functions import callable_name, reward_list
-from dina_reward.search.api import checked_prompts
 from dina_reward.search.best_of_n import Halving
 from dina_reward.search.method import checkpoints
 from dina_reward.search.particles import NO_PARENT, Check, rows_of
@@ -84,7 +84,7 @@ class SearchCallback:
                 )
             self.rewards.append(function)
         self.weights = checked_reward_weights(reward_weights, len(self.rewards))
-        self.prompts = checked_prompts(prompts)
+        self.prompts = checked_texts("prompts", prompts)
         self.keep = keep
         self.size: dict[str, Any] = {"height": height, "width": width}
         self.shrink = shrink

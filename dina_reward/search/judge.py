@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from dina_reward.alignment.experience.maker import checked_reward_weights
 from dina_reward.alignment.experience.rewards import RewardSet, differentiable_score
 from dina_reward.alignment.generator import Generator
+from dina_reward.checks.values import check_choice
 from dina_reward.families import Conditioning
 from dina_reward.likelihood import ThurstoneModel, ensemble_level
 from dina_reward.reward import LatentReward
@@ -49,6 +50,7 @@ class Judge:
         score_as: ScoredAs = "state",
     ) -> None:
         self.generator = generator
+        check_choice("score_as", score_as, get_args(ScoredAs))
         functions = reward_list(rewards, "reward")
         self.weights = torch.tensor(checked_reward_weights(weights, len(functions)), dtype=torch.float32)
         self.rewards = RewardSet(functions, dict(settings or {}), generator.decode)

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dina_reward.checks.values import check_flags, check_number, check_text, checked_int, checked_texts
 from dina_reward.families import Conditioning, get_family
 from dina_reward.likelihood import PreferenceModel, ensemble_level
 from dina_reward.modeling import LatentRewardConfig
-from dina_reward.modeling.inputs import check_flags, check_latents, check_size, expand_prompts
+from dina_reward.modeling.inputs import check_latents, check_size, expand_prompts
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, RewardOutput
 from dina_reward.noise import NoiseProcess
 from dina_reward.noise.draws import draw_level_noise, draw_noise, row_seeds
@@ -26,6 +27,8 @@ from dina_reward.serving.settings import TOKEN_VARIABLE
 from dina_reward.serving.transport import RemoteRewardError, Transport, json_text
 
 
+_MOST_CONNECTIONS = 1024
+_LONGEST_SECONDS = 1e6  # what threads can wait for has an end
 _HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "2"}
 
 
@@ -63,13 +66,15 @@ class RemoteReward:
         batch_size: int = 32,
         max_connections: int = 4,
     ) -> None:
-        urls = [part for part in url.split(",") if part.strip()] if isinstance(url, str) else list(url)
-        if not urls:
+        urls = [part for part in url.split(",") if part.strip()] if isinstance(url, str) else url
+        if isinstance(urls, (list, tuple)) and not urls:
             raise ValueError("a remote reward needs the address of a server, such as http://host:8000")
-        if batch_size < 1 or max_connections < 1 or not timeout > 0:
-            raise ValueError(
-                f"batch_size, max_connections and timeout must be positive, got {batch_size}, {max_connections}, {timeout}"
-            )
+        urls = checked_texts("url", urls)
+        batch_size = checked_int("batch_size", batch_size, 1)
+        max_connections = checked_int("max_connections", max_connections, 1, _MOST_CONNECTIONS)
+        check_number("timeout", timeout, 1e-3, _LONGEST_SECONDS)
+        if token is not None:
+            check_text("token", token)
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
         self.batch_size = batch_size
         self._transport = Transport(urls, token=token, timeout=timeout, max_connections=max_connections)
@@ -261,8 +266,7 @@ class RemoteReward:
         """Replies to the requests that the rows fall into, in their order."""
         weights = self.info["weights"]  # a wrong server is found before anything is sent
         step = self.batch_size if batch_size is None else batch_size
-        if step < 1:
-            raise ValueError(f"batch_size must be at least 1, got {step}")
+        step = checked_int("batch_size", step, 1)
         rows = len(next(iter(tensors.values())))
         bodies = (_body(tensors, text, options, slice(start, start + step)) for start in range(0, rows, step))
         futures = [self._senders.submit(self._transport.send, "POST", "/v2/score", body, _HEADERS) for body in bodies]

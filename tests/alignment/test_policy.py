@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -405,3 +406,11 @@ def test_a_ddpm_pipeline_is_a_policy(tmp_path):
     fresh.load_lora_weights(str(tmp_path / "False"))
     torch.testing.assert_close(sample(fresh), sample(lora.pipeline), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(sample(fresh), before)
+
+
+def test_an_offloaded_denoiser_is_refused_by_name():
+    """As `enable_sequential_cpu_offload` leaves it: weights without values, which a LoRA would train beside."""
+    pipeline = tiny_pipeline()
+    cpu_offload(pipeline.transformer, execution_device=DEVICE)
+    with pytest.raises(ValueError, match="weight 'pos_embed.proj.weight' is offloaded .*load the pipeline without"):
+        make_policy(pipeline=pipeline)

@@ -102,10 +102,24 @@ def test_info_and_convert(parity_dir: Path, tmp_path: Path) -> None:
         (["{reward}", "{a}", "-p", "x", "--noise-level", "40"], "must lie in"),
         (["{nothing}", "{a}", "-p", "x"], "neither a directory here nor a repository"),
         (["{reward}", "{a}", "-p", "x", "--pipeline", "./nowhere"], "cannot load the pipeline"),
+        (["{reward}", "{cut}", "-p", "x"], "the image cannot be read"),
+        (["{reward}", "{reward}", "-p", "x"], "is no file; give images"),
+        (["{reward}", "{scalar}", "-p", "x"], "has latents of shape (); expected a batch"),
+        (["{reward}", "{empty}", "-p", "x"], "has latents of shape (0, 16, 8, 8); expected a batch with at least one"),
+        (["{reward}", "{a}", "-p", "x", "--device", "gpu"], "there is no device 'gpu' here"),
+        pytest.param(
+            ["{reward}", "{a}", "-p", "x", "--device", "cuda"],
+            "there is no device 'cuda' here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_bad_input_says_what_is_wrong(world: Path, arguments: list[str], message: str) -> None:
+    (world / "cut.png").write_bytes((world / "a.png").read_bytes()[:60])
+    save_file({"latents": torch.zeros(())}, world / "scalar.safetensors")
+    save_file({"latents": torch.zeros(0, 16, 8, 8)}, world / "empty.safetensors")
     places = {
+        **{path.stem: path for path in (world / "cut.png", world / "scalar.safetensors", world / "empty.safetensors")},
         "reward": world / "reward",
         "a": world / "a.png",
         "config": world / "reward" / "config.json",
@@ -115,6 +129,13 @@ def test_bad_input_says_what_is_wrong(world: Path, arguments: list[str], message
     result = invoke("score", *(argument.format(**places) for argument in arguments))
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)
+
+
+def test_a_decompression_bomb_is_refused(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)  # a.png has 4096, more than twice as many
+    result = invoke("score", world / "reward", world / "a.png", "-p", "x")
+    assert isinstance(result.exception, ValueError)
+    assert "could be decompression bomb DOS attack" in str(result.exception)
 
 
 def test_errors_end_in_one_line(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class TestSides:
             assert reader.names(index) == (expected if reader.labels.p_a[index] == 1 else expected[::-1])
 
     def test_negative_seed(self) -> None:
-        with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        with pytest.raises(ValueError, match="seed must be an integer of at least 0 .*, got -1"):
             read_preferences(pairs_of(2), seed=-1)
 
 

@@ -140,11 +140,11 @@ def test_rows_are_checked_once_in_front(pairs: LatentPreferenceDataset) -> None:
             {"chosen": torch.full((2, 1, 4, 4), float("nan"))},
             r"chosen holds NaN or infinite values in the pairs \[0, 1\]",
         ),
-        ({"chosen": np.zeros((2, 1, 4, 4))}, "chosen must be a floating-point tensor of latents, .*, got ndarray"),
-        ({"rejected": torch.zeros(2, 1, 4, 4).int()}, "rejected must be a floating-point tensor"),
+        ({"chosen": np.zeros((2, 1, 4, 4))}, "chosen must be a torch.Tensor, got ndarray"),
+        ({"rejected": torch.zeros(2, 1, 4, 4).int()}, "rejected must be floating-point numbers, got torch.int32"),
         ({"prompts": "xy"}, "prompts must be a list of strings, one per pair, got str"),
         ({"prompts": {"x": 1, "y": 2}}, "got dict"),
-        ({"prompts": ["x", 3]}, "some are no strings"),
+        ({"prompts": ["x", 3]}, "prompts: each must be text, got int: 3"),
     ],
 )
 def test_lengths_must_agree(arguments: dict[str, Any], message: str) -> None:

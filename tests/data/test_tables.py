@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dina_reward.data import read_preferences
 from dina_reward.data.tables import open_table
-from tests.data.preference_files import write_json, write_parquet
+from tests.data.preference_files import all_pairs, number, write_image, write_json, write_parquet
 
 
 def rows(*prompts: str) -> list[dict[str, Any]]:
@@ -106,3 +109,26 @@ def test_relative_paths_start_at_the_dataset(tmp_path: Path) -> None:
     reader = read_preferences(write_json(tmp_path / "train.json", rows("p")))
     assert reader.image_root == tmp_path
     assert read_preferences(tmp_path / "train.json", image_root="elsewhere").image_root == Path("elsewhere")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_views_of_text_are_text(tmp_path: Path, suffix: str) -> None:
+    """As polars and DuckDB write columns of text."""
+    columns = {
+        "prompt": ["a", "b"],
+        "path1": [write_image(tmp_path / f"{number}.png", number) for number in (1, 2)],
+        "path2": [write_image(tmp_path / f"{number}.png", number) for number in (3, 4)],
+        "confidence": ["0.9", "null"],
+    }
+    table = pa.table({name: pa.array(values).cast(pa.string_view()) for name, values in columns.items()})
+    file = tmp_path / f"views.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    views, plain = read_preferences(file), read_preferences(datasets.Dataset.from_dict(columns), image_root=tmp_path)
+    assert [pair.prompt for pair in all_pairs(views)] == ["a", "b"]
+    np.testing.assert_array_equal(views.labels.p_a, plain.labels.p_a)
+    assert [views.names(index) for index in range(2)] == [plain.names(index) for index in range(2)]
+    assert {number(side) for pair in all_pairs(views) for side in (pair.a, pair.b)} == {1, 2, 3, 4}

@@ -208,7 +208,7 @@ def test_failed_calls_are_tried_again(tmp_path):
 def test_a_budget_without_a_single_group(tmp_path):
     with pytest.raises(ValueError, match="a budget of 3 judgements is too small: one group of 4 samples takes 4"):
         label(tmp_path, Brightness(), budget=3)
-    with pytest.raises(ValueError, match="prompts must be a list"):
+    with pytest.raises(ValueError, match="prompts must be a string or a list of at least one"):
         JudgeLabeller(Brightness()).label(tmp_path, NoiseSource(), [], 40)
 
 

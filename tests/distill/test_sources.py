@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from dina_reward.alignment.policy import Policy
 from dina_reward.distill import PipelineSource, PolicySource
@@ -88,3 +89,10 @@ def test_work_of_the_main_process():
     assert processes_first(OneProcess(), lambda: 4) == 4
     with pytest.raises(KeyError):
         on_main(OneProcess(), lambda: {}["x"])
+
+
+def test_an_offloaded_denoiser_is_refused():
+    offloaded = tiny_pipeline()
+    cpu_offload(offloaded.transformer, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"is offloaded \(enable_sequential_cpu_offload"):
+        source_of(offloaded)

@@ -66,3 +66,8 @@ def test_bad_input_is_refused() -> None:
         ClusterBootstrap([], resamples=10)
     with pytest.raises(ValueError, match="1 pairs and 0 resamples"):
         ClusterBootstrap(["x"], resamples=0)
+
+
+def test_one_resample_is_enough() -> None:
+    means = ClusterBootstrap(["a", "b"], resamples=1).means(np.array([1.0, 1.0]))
+    np.testing.assert_array_equal(means, [[1.0]])

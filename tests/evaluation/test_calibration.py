@@ -65,3 +65,14 @@ def test_an_even_prediction_is_read_as_the_chosen_side() -> None:
     result = measure_calibration(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.8]), num_bins=1)
     assert result.bins[0].frequency == pytest.approx(0.9)
     assert result.expected_calibration_error == pytest.approx(0.4)
+
+
+def test_there_are_ten_bins_unless_asked() -> None:
+    bins = measure_calibration(torch.tensor([0.61, 0.72]), torch.ones(2)).bins
+    assert [(row.low, row.count) for row in bins if row.count] == [(pytest.approx(0.6), 1), (pytest.approx(0.7), 1)]
+    assert len(bins) == 10
+
+
+def test_certainty_costs_what_is_left_after_clipping() -> None:
+    wrong = measure_calibration(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([1.0, 0.0]))
+    assert wrong.nll == pytest.approx(-math.log(1e-7), rel=1e-6)

@@ -108,7 +108,7 @@ def test_ensemble_alone(reward: LatentReward) -> None:
 def test_bad_input_is_refused(reward: LatentReward, scores: PairScores) -> None:
     with pytest.raises(ValueError, match="no preference pairs"):
         score_pairs(reward, [], progress=False)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         score_pairs(reward, separable_pairs(1), batch_size=0, progress=False)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         PairProtocol((), None)

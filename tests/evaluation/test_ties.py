@@ -77,3 +77,8 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="only one; give tie_threshold"):
         validation_half(["x", "x"], 0)
     assert "as given" in TieThreshold(0.5, "given").describe()
+
+
+def test_a_threshold_without_words_is_that_of_equal_scores() -> None:
+    assert TieThreshold() == TieThreshold(0.0, "exact ties", 0)
+    assert TieThreshold(0.5, "tuned").describe() == "predicted tie: |margin| <= 0.5, tuned on 0 other pairs"

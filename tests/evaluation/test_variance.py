@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from dina_reward import LatentReward
-from dina_reward.evaluation import PairProtocol, calibrate_variance, fit_variance, measure_calibration, score_pairs
+from dina_reward.evaluation import (
+    PairProtocol,
+    calibrate_variance,
+    fit_variance,
+    measure_calibration,
+    score_pairs,
+    variance,
+)
 from dina_reward.likelihood import ThurstoneModel
 from tests.training.tiny_reward import separable_pairs, tiny_reward
 
@@ -98,3 +105,7 @@ def test_other_likelihoods_have_no_variance(sd3_pipeline: Any) -> None:
 
     with pytest.raises(ValueError, match="'bradley_terry', which has no variance"):
         calibrate_variance(neighbour(sd3_pipeline, "pooled"), separable_pairs(2))
+
+
+def test_levels_are_tenths_below_one() -> None:
+    assert pytest.approx([level / 10 for level in range(10)]) == variance.LEVELS

@@ -56,5 +56,5 @@ def test_unlike_rows_are_apart_and_errors_reach_their_own_caller() -> None:
 def test_wrong_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one row each, got \{'latents': \(2, 3\)\}"):
         MicroBatcher(lambda *a, **k: torch.zeros(1)).submit({"latents": torch.zeros(2, 3)}, seed=0)
-    with pytest.raises(ValueError, match="max_batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="max_batch_size must be an integer of at least 1, got 0"):
         MicroBatcher(lambda *a, **k: torch.zeros(1), max_batch_size=0)

@@ -126,7 +126,7 @@ def test_fold_seed_separates_streams() -> None:
         ({"num_samples": 1.5}, "an integer of at least 1 and at most 65536, got 1.5"),
         ({"generator": 1}, "must be a torch.Generator, got int"),
         ({"noise": LATENTS, "share_noise": True}, "share_noise=True has no effect on `noise`"),
-        ({"noise": LATENTS.bool()}, "floating-point torch.Tensor, .*got a tensor of torch.bool"),
+        ({"noise": LATENTS.bool()}, "noise must be real numbers, got torch.bool"),
         ({"noise": LATENTS + torch.inf}, "NaN or infinite"),
     ],
 )
@@ -148,3 +148,31 @@ def test_seeds_of_levels_are_checked_like_others(seed: Any) -> None:
 @pytest.mark.parametrize("seed", [np.int64(7), np.array(7), torch.tensor(7)])
 def test_levels_take_integers_of_any_kind(seed: Any) -> None:
     assert torch.equal(draw_level_noise(LATENTS, (0.2,), seed=seed), draw_level_noise(LATENTS, (0.2,), seed=7))
+
+
+def test_seeds_have_64_bits() -> None:
+    for seed in (-(2**63), 2**64 - 1):
+        assert draw_noise(LATENTS, seed=seed).shape == (1, *LATENTS.shape)
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises(ValueError, match=f"seeds have 64 bits, got {seed}"):
+            draw_noise(LATENTS, seed=seed)
+
+
+def test_given_noise_is_spread_over_draws_and_rows_alone() -> None:
+    with pytest.raises(ValueError, match="noise has shape"):
+        draw_noise(LATENTS, noise=torch.zeros(len(LATENTS), 1, *LATENTS.shape[2:]))
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (LATENTS.numpy(), "latents must be a torch.Tensor, got ndarray"),
+        (LATENTS.bool(), "latents must be real numbers, got torch.bool"),
+        (LATENTS.int(), "latents must be floating-point numbers, got torch.int32"),
+        (LATENTS.to_sparse(), "latents must be dense"),
+        (torch.tensor(1.0), "latents must have a batch dimension"),
+    ],
+)
+def test_latents_of_another_kind_are_refused(latents: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_noise(latents, seed=0)

@@ -219,3 +219,35 @@ def test_timesteps_up_to_one_beyond_the_grid_are_its_end() -> None:
     assert ddpm.from_timesteps(1000.0).timestep.tolist() == [999.0]
     with pytest.raises(ValueError, match=r"range \[0, 999\]"):
         ddpm.from_timesteps(1000.5)
+
+
+def test_defaults_of_the_distributions() -> None:
+    def levels(sampler: LevelSampler) -> Tensor:
+        return sampler.sample(4, torch.Generator().manual_seed(0))
+
+    for short, written in (
+        (LevelSampler("power"), LevelSampler("power", exponent=2.0)),
+        (LevelSampler("beta"), LevelSampler("beta", alpha=2.0, beta=2.0)),
+        (LevelSampler("constant"), LevelSampler("constant", value=0.4)),
+        (LevelSampler("mode"), LevelSampler("mode", mode_scale=1.29)),
+        (LevelSampler("logit_normal"), LevelSampler("logit_normal", mean=0.0, std=1.0)),
+    ):
+        assert torch.equal(levels(short), levels(written))
+
+
+def test_levels_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u, n = torch.rand(4, generator=generator), torch.randn(4, generator=generator)
+    drawn = LevelSampler("logit_normal", mean=0.5, std=2.0).sample(4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn, torch.sigmoid(0.5 + 2 * n))
+    assert torch.equal(LevelSampler("power", exponent=3.0).sample(4, torch.Generator().manual_seed(0)), u**3)
+
+
+def test_pure_noise_is_a_level(flow: FlowMatchingNoise) -> None:
+    assert flow.snap(1.0).level.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("shapes", [((3,), (2,)), ((2, 2), (2, 2))])
+def test_grids_are_one_dimensional_and_of_one_length(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="must be 1-D and of one length"):
+        FlowMatchingNoise(torch.zeros(shapes[0]), torch.zeros(shapes[1]))

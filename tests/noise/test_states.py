@@ -62,3 +62,10 @@ def test_flow_states_are_what_the_model_sees_and_edm_ones_are_refused() -> None:
     assert model_states(states, 500, diffusers.FlowMatchEulerDiscreteScheduler()) is states
     with pytest.raises(ValueError, match="EDMEulerScheduler belongs to models that are neither"):
         model_states(states, 1.0, diffusers.EDMEulerScheduler())
+
+
+def test_a_single_step_is_enough_to_tell() -> None:
+    euler, ddim = diffusers.EulerDiscreteScheduler(), diffusers.DDIMScheduler()
+    for scheduler in (euler, ddim):
+        scheduler.set_timesteps(1)
+    assert (rescales_states(euler), rescales_states(ddim)) == (True, False)

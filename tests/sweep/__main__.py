@@ -12,21 +12,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dina_reward
 from tests.sweep.kinds import ANYWHERE, variants
-from tests.sweep.targets import TARGETS, Target
+from tests.sweep.target import Target, raised
+from tests.sweep.targets import TARGETS
+from tests.sweep.tools import TOOLS
+from tests.sweep.wrapped import outcomes as wrapped_outcomes
+from tests.sweep.wrapped import wrapped_table
 
 
-PACKAGE = str(Path(dina_reward.__file__).parent)
+RIGHT = "right"
 WORDS = ("clear", "unclear", "accepted")
+ALL = (*TARGETS, *TOOLS)
 TABLE = Path(__file__).with_name("outcomes.md")
 
 
@@ -41,16 +44,51 @@ class Outcome:
     message: str = ""
 
 
-def sweep(target: Target) -> Iterator[Outcome]:
-    """All kinds for all arguments of a function."""
-    for argument, make in target.right.items():
-        others = {name: value for name, value in target.right.items() if name != argument and name not in target.alone}
-        fine = target.fine.get(argument, frozenset())
-        cases = [(kind, wrong()) for kind, wrong in ANYWHERE.items()] + list(variants(make()))
-        for kind, value in cases:
-            if kind not in fine and not same(value, make()):
-                given = {argument: value, **{name: value() for name, value in others.items()}}
-                yield Outcome(target.name, argument, kind, *verdict(target, given))
+@dataclass(frozen=True)
+class Case:
+    """One kind of value as one argument, beside right ones for the others."""
+
+    target: Target
+    argument: str
+    kind: str
+
+    def given(self) -> dict[str, Any]:
+        """The arguments, made anew."""
+        names = [name for name in self.target.right if name != self.argument and name not in self.target.alone]
+        others = {name: self.target.right[name]() for name in names}
+        return {self.argument: values(self.target, self.argument)[self.kind], **others}
+
+    def outcome(self) -> Outcome:
+        """What comes of the call."""
+        return Outcome(self.target.name, self.argument, self.kind, *verdict(self.target, self.given()))
+
+
+def values(target: Target, argument: str) -> dict[str, Any]:
+    """Everything that is tried as an argument, by kind; what is equal to the right value is left out."""
+    right = target.right[argument]()
+    made = {**{kind: make() for kind, make in ANYWHERE.items()}, **dict(variants(right))}
+    return {RIGHT: right, **{kind: value for kind, value in made.items() if not same(value, right)}}
+
+
+def cases(target: Target) -> list[Case]:
+    """All wrong kinds for all arguments of a function."""
+    found = []
+    for argument in target.right:
+        fine = {RIGHT, *target.fine.get(argument, frozenset())}
+        found += [Case(target, argument, kind) for kind in values(target, argument) if kind not in fine]
+    return found
+
+
+def check_right(target: Target) -> None:
+    """Calls a function with right arguments: one that refused these as well would refuse everything.
+
+    Raises:
+        RuntimeError: naming the argument.
+    """
+    for argument in target.right:
+        word, message = verdict(target, Case(target, argument, RIGHT).given())
+        if word != "accepted":
+            raise RuntimeError(f"{target.name} does not take what is right as {argument}: {message}")
 
 
 def same(value: Any, right: Any) -> bool:
@@ -64,12 +102,7 @@ def verdict(target: Target, given: dict[str, Any]) -> tuple[str, str]:
             warnings.simplefilter("ignore")
             target.call(**given)
     except Exception as error:
-        raised_by = traceback.extract_tb(error.__traceback__)[-1].filename
-        own = isinstance(error, ValueError) and raised_by.startswith(PACKAGE)
-        return (
-            "clear" if own else "unclear",
-            f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}",
-        )
+        return raised(error)
     return "accepted", ""
 
 
@@ -104,11 +137,14 @@ def main() -> None:
     only = parser.parse_args().only
     outcomes: list[Outcome] = []
     with open(os.devnull, "w") as silence, contextlib.redirect_stderr(silence):
-        for target in [target for target in TARGETS if only in target.name]:
-            found = list(sweep(target))
+        for target in [target for target in ALL if only in target.name]:
+            check_right(target)
+            found = [case.outcome() for case in cases(target)]
             outcomes += found
             print(f"{target.name}: {dict(Counter(outcome.verdict for outcome in found))}", flush=True)
-    page = table(outcomes)
+        page = table(outcomes)
+        if not only:
+            page += "\nWrapped pipelines:\n\n" + wrapped_table(wrapped_outcomes())
     print(page)
     if not only:
         TABLE.write_text(page, encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -30,34 +30,9 @@ from dina_reward.noise import LevelSampler, draw_noise
 from dina_reward.reward import LatentReward
 from dina_reward.training import LatentRewardTrainingConfig
 from tests.sweep.kinds import ANYWHERE, variants
+from tests.sweep.target import FLAGS, LEVELS, NOTHING, PROMPTS, SEEDS, TEXT, Target
+from tests.tiny_models import tiny_sd3_pipeline
 from tests.training.tiny_reward import tiny_reward
-
-
-NOTHING: frozenset[str] = frozenset({"None"})
-SEEDS = NOTHING | {"0", "-1", "as array of objects"}
-LEVELS = NOTHING | {"0"}
-FLAGS = frozenset({"True"})
-TEXT = frozenset({"text", "text of a number", "empty text"})
-PROMPTS = TEXT | {"list of text"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A function.
-
-    Args:
-        name: for the table.
-        call: takes the arguments by keyword.
-        right: makes an accepted value of each argument.
-        fine: further kinds that an argument takes.
-        alone: arguments that are left out where another one is swept.
-    """
-
-    name: str
-    call: Callable[..., Any]
-    right: Mapping[str, Callable[[], Any]]
-    fine: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    alone: frozenset[str] = frozenset()
 
 
 @cache
@@ -161,7 +136,7 @@ FRESH = Target(
 )
 LOADED = Target(
     "LatentReward.from_pretrained",
-    lambda **arguments: LatentReward.from_pretrained(**arguments),
+    lambda **arguments: LatentReward.from_pretrained(**arguments, pipeline=tiny_sd3_pipeline()),
     {"path_or_id": lambda: _saved()},
 )
 DATASET = Target(
@@ -211,7 +186,7 @@ READER = Target(
         "schema": NOTHING,
         "seed": frozenset({"0"}),
         "min_confidence": NOTHING | {"0"},
-        "max_pairs_per_prompt": NOTHING,
+        "max_pairs_per_prompt": NOTHING | {"2**70"},  # more than there are: all stay
         "max_broken": frozenset({"0"}),
         "soft_labels": FLAGS,
         "columns": frozenset({"empty list", "one item less", "one item more"}),
@@ -225,7 +200,7 @@ NOISE = Target(
         "num_samples": lambda: 2,
         "seed": lambda: [3, 4],
     },
-    {"seed": SEEDS, "latents": frozenset({"holding NaN", "holding infinity", "as int"})},
+    {"seed": SEEDS, "latents": frozenset({"holding NaN", "holding infinity"})},  # of latents only the shape is read
 )
 LOSS = Target(
     "PreferenceLoss",
@@ -239,7 +214,12 @@ LOSS = Target(
         "target": lambda: torch.ones(2),
         "weight": lambda: torch.ones(2),
     },
-    {"margin": frozenset({"0"}), "target": NOTHING, "weight": NOTHING},
+    {
+        "margin": frozenset({"0"}),
+        "noise_level": frozenset({"as int", "one dimension less"}),  # 0 is a level; one for all pairs is a scalar
+        "target": NOTHING | {"as int"},
+        "weight": NOTHING | {"as int"},
+    },
 )
 ADVANTAGES = Target(
     "compute_advantages",
@@ -258,7 +238,8 @@ LIKELIHOOD = Target(
     "preference_model",
     preference_model,
     {"likelihood": lambda: "thurstone", "variance_scale": lambda: 1.0, "variance_offset": lambda: 1.0},
-    {"variance_scale": frozenset({"0", "1.5"}), "variance_offset": frozenset({"1.5"})},
+    # A variance has no largest value of its own; 2**70 is finite in float32.
+    {"variance_scale": frozenset({"0", "1.5", "2**70"}), "variance_offset": frozenset({"1.5", "2**70"})},
 )
 
 
@@ -281,8 +262,10 @@ def _table() -> Any:
     return datasets.Dataset.from_list([row] * 4)
 
 
-def configuration(cls: type, beside: type = TrainingArguments, **required: Any) -> Target:
-    """A dataclass: of each field that ``beside`` lacks those kinds are right that fit its annotation."""
+def configuration(
+    cls: type, beside: type = TrainingArguments, also: Mapping[str, frozenset[str]] | None = None, **required: Any
+) -> Target:
+    """A dataclass: of each field that ``beside`` lacks those kinds are right that fit its annotation, or are in ``also``."""
     inherited = set(beside.__dataclass_fields__)
     own = [f for f in fields(cls) if f.init and f.name not in inherited]
     hints = get_type_hints(cls)
@@ -294,12 +277,13 @@ def configuration(cls: type, beside: type = TrainingArguments, **required: Any) 
         right[each.name] = lambda value=value: value
         kinds = {**{kind: make() for kind, make in ANYWHERE.items()}, **dict(variants(value))}
         fine[each.name] = frozenset(kind for kind, wrong in kinds.items() if fits(wrong, hints[each.name]))
+        fine[each.name] |= (also or {}).get(each.name, frozenset())
     extra = {"output_dir": str(_folder() / "run"), "use_cpu": True} if issubclass(cls, TrainingArguments) else {}
     return Target(cls.__name__, lambda **values: cls(**extra, **values), right, fine)
 
 
 CONFIGURATIONS = (
-    configuration(DiffusionGRPOConfig),
+    configuration(DiffusionGRPOConfig, also={"reward_noise_level": frozenset({"0"})}),  # one level is a list of one
     configuration(DDPOConfig, DiffusionGRPOConfig),
     configuration(DiffusionNFTConfig, AlignmentConfig),
     configuration(OnlineDPOConfig, AlignmentConfig),

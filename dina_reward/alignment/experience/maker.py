@@ -24,6 +24,7 @@ from dina_reward.alignment.sampling.prompts import PromptRollouts
 from dina_reward.alignment.sampling.rollout import PredictFunction, Rollout, sample
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, noise_by_row
+from dina_reward.checks.values import check_numbers_list
 from dina_reward.families import Conditioning
 from dina_reward.noise.draws import fold_seed
 
@@ -358,10 +359,13 @@ def checked_reward_weights(weights: Sequence[float] | None, functions: int) -> l
     """One weight per reward function, 1 by default.
 
     Raises:
-        ValueError: no functions, or another number of weights.
+        ValueError: no functions, another number of weights, or weights that are no numbers.
     """
     if functions == 0:
         raise ValueError("reward_funcs is empty; give at least one callable")
-    if weights is not None and len(weights) != functions:
+    if weights is None:
+        return [1.0] * functions
+    check_numbers_list("reward_weights", weights)
+    if len(weights) != functions:
         raise ValueError(f"reward_weights has {len(weights)} entries for {functions} reward functions; give one each")
-    return [1.0] * functions if weights is None else list(weights)
+    return list(weights)

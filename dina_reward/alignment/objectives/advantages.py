@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dina_reward.checks.values import check_choice, is_real
+from dina_reward.checks.tensors import check_numbers
+from dina_reward.checks.values import check_choice, check_numbers_list
 
 
 ScaleRewards = Literal["group", "batch", "none"]
@@ -281,10 +282,7 @@ def _mean_and_std(values: Tensor) -> tuple[float, float]:
 
 def _checked_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:
     for name, values in (("rewards", rewards), ("group_ids", group_ids)):
-        if not isinstance(values, Tensor):
-            raise ValueError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
-    if rewards.is_complex() or rewards.dtype == torch.bool:
-        raise ValueError(f"rewards must be numbers, got {rewards.dtype}")
+        check_numbers(name, values)
     if rewards.ndim == 1:
         rewards = rewards[:, None]
     if rewards.ndim != 2 or group_ids.shape != rewards.shape[:1]:
@@ -292,7 +290,7 @@ def _checked_rewards(rewards: Tensor, group_ids: Tensor) -> Tensor:
             f"rewards have shape {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}; "
             "expected (rows, reward functions) and (rows,)"
         )
-    if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
+    if group_ids.is_floating_point():
         raise ValueError(
             f"group_ids are {group_ids.dtype}; they must be integers: float32 merges ids above 16,777,216"
         )
@@ -313,8 +311,7 @@ def _check_not_infinite(rewards: Tensor) -> None:
 def _checked_weights(reward_weights: Sequence[float] | None, rewards: Tensor) -> Tensor:
     if reward_weights is None:
         return rewards.new_ones(rewards.shape[1])
-    if not isinstance(reward_weights, (list, tuple)) or not all(is_real(weight) for weight in reward_weights):
-        raise ValueError(f"reward_weights must be a list of finite numbers, got {reward_weights!r:.80}")
+    check_numbers_list("reward_weights", reward_weights)
     if len(reward_weights) != rewards.shape[1]:
         raise ValueError(
             f"{len(reward_weights)} reward_weights for {rewards.shape[1]} reward functions; give one each"

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dina_reward.checks.values import check_choice
+
 
 KLKind = Literal["step", "velocity", "flow_grpo"]
 
@@ -105,8 +107,7 @@ def get_objective(name: str) -> Objective:
     Raises:
         ValueError: no objective of this name.
     """
-    if name not in _OBJECTIVES:
-        raise ValueError(f"unknown loss_type {name!r}; choose one of {', '.join(objective_names())}")
+    check_choice("loss_type", name, objective_names())
     return _OBJECTIVES[name]
 
 

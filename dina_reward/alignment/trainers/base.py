@@ -129,9 +129,8 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         self._generation = -1
         self._experience: dict[int, Experience] = {}
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, AttachedCallback):
-                callback.attach(self)
+        for callback in [each for each in self.callback_handler.callbacks if isinstance(each, AttachedCallback)]:
+            callback.attach(self)
 
     @property
     def sampler(self) -> Sampler:

@@ -185,3 +185,27 @@ def test_the_standard_error_is_that_of_a_mean():
     ]
     (alarm,) = find_reward_hacking(records)
     assert alarm.standard_error == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("prompts", "alarms"), [(2, 0), (3, 1)])
+def test_three_prompts_are_the_least(prompts: int, alarms: int) -> None:
+    rows = [float(row) for row in range(prompts)]
+    before = PromptScores(0, {"reward": rows, "oracle": rows})
+    after = PromptScores(10, {"reward": [row + 1 for row in rows], "oracle": [row - 1 for row in rows]})
+    assert len(find_reward_hacking([before, after])) == alarms
+
+
+def test_the_critical_value_by_hand() -> None:
+    # z = 2 at 4 degrees of freedom: 2 + (8 + 2) / 16 + (160 + 128 + 6) / (96 x 16)
+    assert hacking._critical(2.0, 1, 5) == pytest.approx(2.81640625, rel=1e-9)
+
+
+def test_a_reward_that_stands_still_is_not_hacked() -> None:
+    rows = [0.0, 1.0, 2.0, 3.0]
+    before = PromptScores(0, {"reward": rows, "oracle": rows})
+    after = PromptScores(10, {"reward": rows, "oracle": [row - 1 for row in rows]})
+    assert find_reward_hacking([before, after]) == []
+
+
+def test_two_standard_errors_are_the_default() -> None:
+    assert RewardHackingCallback().threshold == 2.0

@@ -280,3 +280,21 @@ def test_bad_input_is_refused():
         PerPromptStatTracker(0, 2)
     with pytest.raises(ValueError, match=r"rewards have shape \(3,\); expected \(2,\)"):
         PerPromptStatTracker().update(["a", "b"], torch.ones(3))
+
+
+def test_a_small_spread_is_divided_by_more_than_itself():
+    rewards = torch.tensor([0.0, 2e-4])
+    found = compute_advantages(rewards, torch.tensor([0, 0])).advantages
+    std = 2e-4 / math.sqrt(2)
+    assert found.tolist() == pytest.approx([-1e-4 / (std + 1e-4), 1e-4 / (std + 1e-4)], rel=1e-5)
+
+
+def test_tracker_sizes():
+    tracker = PerPromptStatTracker()
+    tracker.update(["a"] * 40, torch.arange(40.0))
+    assert list(tracker.history["a"]) == [float(value) for value in range(8, 40)]
+    assert tracker.min_count == 16
+    assert PerPromptStatTracker(1, 1).buffer_size == 1
+    for sizes in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            PerPromptStatTracker(*sizes)

@@ -200,3 +200,7 @@ def test_cps_leaves_no_noise_and_a_late_flow_sde_does():
 @pytest.mark.parametrize(("fraction", "count"), [(0.6, 2), (0.7, 2), (0.9, 3), (0.1, 1)])
 def test_the_trained_share_is_rounded(fraction, count):
     assert len(trained_steps(0, 0, range(3), fraction)) == count
+
+
+def test_a_window_slides_by_one_in_every_generation_unless_asked():
+    assert [sde_window(0, generation, 2, (1, 5), "sliding").start for generation in range(4)] == [1, 2, 3, 1]

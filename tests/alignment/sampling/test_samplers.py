@@ -130,3 +130,17 @@ def test_moved_predictions_predict_moved_clean_latents(prediction_type):
     moved = sampler.move_clean(4, prediction, shift)
     before, after = (sampler.predict_clean(4, latents, output) for output in (prediction, moved))
     torch.testing.assert_close(after - before, shift, atol=1e-4, rtol=1e-4)
+
+
+def test_ddim_is_deterministic_unless_asked():
+    sampler = DDIMSampler(torch.tensor([0.1, 0.5, 1.0]), torch.tensor([900.0, 400.0]))
+    assert sampler.eta == 0.0
+    assert sampler.levels.tolist() == pytest.approx([0.9**0.5, 0.5**0.5, 0.0], abs=1e-7)
+    flow = FlowSampler(torch.tensor([1.0, 0.5, 0.0]), torch.tensor([1000.0, 500.0]))
+    assert (flow.eta, flow.sde_type) == (0.0, "cps")
+
+
+def test_a_ddim_step_is_deterministic_whatever_eta():
+    steps = [DDIMSampler.from_scheduler(DDIMScheduler(), 4, eta=eta) for eta in (0.0, 1.0)]
+    latents, prediction = torch.randn(2, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(steps[0].step(1, latents, prediction), steps[1].step(1, latents, prediction))

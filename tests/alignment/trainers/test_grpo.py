@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import TrainerCallback
 
 from dina_reward import LatentReward, LatentRewardConfig
@@ -304,6 +305,16 @@ def test_wrong_launch_is_refused(tmp_path, monkeypatch):
 def test_batch_geometry_is_checked_before_the_pipeline_changes(tmp_path):
     with pytest.raises(ValueError, match="12 rows .* is not divisible by num_generations 5"):
         tiny_trainer(tmp_path, num_generations=5)
+
+
+def test_an_offloaded_pipeline_is_refused_before_it_changes(tmp_path):
+    """`enable_sequential_cpu_offload` on a machine without accelerator, which its own call asks for."""
+    pipeline = tiny_pipeline()
+    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.vae):
+        cpu_offload(part, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"is offloaded \(enable_sequential_cpu_offload, or a device_map\); load"):
+        DiffusionGRPOTrainer(pipeline, closeness, tiny_config(tmp_path), PROMPTS)
+    assert not any("lora" in name for name, _ in pipeline.transformer.named_parameters())
 
 
 def test_save_model_writes_beside_the_checkpoints(tmp_path):

@@ -124,3 +124,28 @@ def test_a_prompt_without_a_token_reads_its_padding(num_levels: int) -> None:
     expected = head(replace(features, text_mask=mask), num_levels)
     torch.testing.assert_close(head(replace(features, text_mask=~mask), num_levels), expected)
     assert torch.isfinite(expected).all()
+
+
+def test_film_scales_and_shifts_by_hand() -> None:
+    adapter = LayerAdapter(2, 3, 4, project_inputs=True)
+    with torch.no_grad():
+        adapter.cond_mlp[2].bias.copy_(torch.tensor([1.0, 0.5, -0.5, 2.0, 0.1, 0.2, 0.3, 0.4]))
+    tokens = torch.tensor([[[1.0, -2.0]]])
+    gamma, beta = torch.tensor([1.0, 0.5, -0.5, 2.0]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = adapter.proj(adapter.proj_in(tokens) * (1 + gamma) + beta + adapter.layer_embed)
+    torch.testing.assert_close(adapter(tokens, torch.zeros(1, 3)), expected)
+
+
+def test_the_squash_by_hand() -> None:
+    squash = LogisticSquash()
+    scores = torch.tensor([0.0, 0.15, -0.3])
+    expected = 4 / (1 + torch.exp(-scores / (0.15 + 1e-6))) - 2
+    torch.testing.assert_close(squash(scores), expected)
+    with torch.no_grad():
+        squash.scale.fill_(0.0)
+    torch.testing.assert_close(squash(torch.tensor([1e-6])), torch.tensor([4 * 0.7310585786 - 2]))
+
+
+def test_queries_start_small() -> None:
+    queries = make_head(num_queries=64).query_tokens
+    assert float(queries.std()) == pytest.approx(0.02, rel=0.1)
