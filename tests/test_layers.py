@@ -33,7 +33,7 @@ LAYERS = (
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ALIGNMENT = (
     {"sampling", "objectives"},
-    {"config"},
+    {"config", "samplers"},
     {"costs", "policy_weights"},
     {"generator"},
     {"policy"},

@@ -6,7 +6,8 @@ No algorithm is implemented here, and importing this package loads neither torch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from dina_reward.lazy import lazy_exports
 
@@ -15,3 +16,10 @@ if TYPE_CHECKING:
     from dina_reward.recipes.alignment import RecipeArguments, align
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)
+
+
+def _prompts_of(name: str, split: str) -> Sequence[Any]:
+    """`alignment.prompts_of`, by the name that it had while recipes were one module."""
+    from dina_reward.recipes.alignment import prompts_of
+
+    return prompts_of(name, split)
