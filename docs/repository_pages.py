@@ -26,7 +26,12 @@ PAGES = {
 }
 """Pages of the repository, and where they stand on the site."""
 
-PICTURES = ("examples/demo.png", "recipes/results/ablation.png", "recipes/results/comparison.png")
+PICTURES = (
+    "examples/demo.png",
+    "recipes/results/ablation.png",
+    "recipes/results/comparison.png",
+    "recipes/results/search.png",
+)
 
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
