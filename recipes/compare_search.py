@@ -25,7 +25,7 @@ from typing import Any
 
 from dina_reward.recipes.kept_results import write_whole
 from dina_reward.shapes.jobs import RESULT_NAME, Job, run_jobs
-from dina_reward.shapes.search_comparison import BUDGETS, EARLY, GENERATORS, STEPS
+from dina_reward.shapes.search_comparison import BUDGETS, DEAR, EARLY, GENERATORS, METHODS, STEPS
 
 
 MODULE = "dina_reward.shapes.search_comparison"
@@ -293,13 +293,15 @@ def draw(results: dict[str, list[dict[str, Any]]], budgets: Sequence[int], path:
 def _draw_methods(
     panel: Any, name: str, runs: Sequence[dict[str, Any]], budgets: Sequence[int], over: str = "denoiser_calls"
 ) -> None:
+    order = [*METHODS, *DEAR]  # a method has one colour in all panels
     for method in methods_of(runs):
         points = []
         for budget in (1, *budgets) if method == BASELINE else budgets:
             figures = [found for run in runs if (found := figures_of(run, method, budget)) is not None]
             x = budget if over == "denoiser_calls" else mean(found[over] for found in figures) if figures else 0
             points += [(x, mean(found["fit"] for found in figures))] if len(figures) == len(runs) else []
-        style = {"color": "black", "linewidth": 2.2} if method == BASELINE else {"linewidth": 1.3}
+        colour = f"C{order.index(method)}" if method in order else None
+        style = {"color": "black", "linewidth": 2.2} if method == BASELINE else {"color": colour, "linewidth": 1.3}
         panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **style)
     panel.set(title=name, xlabel=f"{over.replace('_', ' ')} per prompt", ylabel="oracle fit", xscale="log")
     if over == "denoiser_calls":
