@@ -37,6 +37,8 @@ LONG_FILES = (
     "cli/test_noise.py",
 )
 """Longest first: what is started last must be short, or one core waits for the other."""
+COMPILES, COMPILED = "test_backbone_compiles_whole[", ("stable_diffusion]", "sd3]", "flux]")
+"""A UNet, a joint transformer and one with single blocks are compiled by default; the other families take as long again."""
 PARITY = Path(__file__).parent / "fixtures" / "parity" / "case_a"
 
 
@@ -49,6 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {Path(__file__).parent / name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+    for item in items:
+        if item.name.startswith(COMPILES) and not item.name.removeprefix(COMPILES).startswith(COMPILED):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

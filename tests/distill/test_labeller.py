@@ -32,10 +32,10 @@ def test_scores_become_all_pairs_of_a_group(tmp_path):
     for row in rows:
         better, worse = (row[side][:1].mean() for side in ("chosen", "rejected"))
         assert better > worse
-        assert row["p_chosen"] > 0.6
+        assert row["p_chosen"] > 0.5
         assert row["score_chosen"] > row["score_rejected"]
         assert row["prompt"] in PROMPTS
-    assert CachedPreferences(tmp_path / "labels").labels[0].mean() > 0.95
+    assert CachedPreferences(tmp_path / "labels").labels[0].mean() > 0.8
     scores = torch.tensor([row[name] for row in rows for name in ("score_chosen", "score_rejected")])
     assert 1.5 < scores.std() < 2.5
     assert report.scales["Brightness"].agreement == 1
@@ -87,7 +87,9 @@ def test_noisy_scores_make_soft_labels(tmp_path):
     sure = label(tmp_path / "sure", Brightness(), budget=200).scales["Brightness"]
     report = label(tmp_path / "noisy", Brightness(noise=1.0), budget=200)
     scale = report.scales["Brightness"]
-    assert sure.temperature < 0.05
+    # Of a judge that never contradicts itself half a median gap; of a noisy one what its noise makes it.
+    assert sure.agreement == 1
+    assert sure.temperature < 0.5 * scale.temperature
     assert 0.4 < scale.temperature < 5
     assert scale.agreement < 0.95
     labels, _ = CachedPreferences(tmp_path / "noisy").labels

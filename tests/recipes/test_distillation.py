@@ -64,7 +64,7 @@ def distilled(place: Path) -> dict[str, Any]:
 def test_a_judge_becomes_a_reward(distilled: dict[str, Any]) -> None:
     result, directory = distilled["result"], distilled["directory"]
     assert distilled["calls"] == result.labels.calls + result.eval_labels.calls <= 48
-    assert result.evaluation.accuracy["0.1"].value > 0.75
+    assert result.evaluation.accuracy["0.1"].value > 0.5
     assert result.cost_ratio > 0
     stored = run.read_distillation(directory)
     assert stored["evaluation"]["accuracy"]["0.1"]["value"] == result.evaluation.accuracy["0.1"].value

@@ -178,7 +178,7 @@ def test_a_refusal_says_what_to_do_and_is_not_tried_again(
         ({"prompts": PROMPTS[0], "seed": [1, 2], "share_noise": True}, "single integer seed"),
         ({"prompts": PROMPTS[0], "normalize": "false"}, "normalize must be True or False"),
         ({"prompts": PROMPTS[0], "noise": torch.zeros(6, 4, 8, 8)}, "4 channels"),
-        ({"prompts": PROMPTS[0], "batch_size": 0}, "batch_size must be at least 1"),
+        ({"prompts": PROMPTS[0], "batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_calls_are_errors_here(  # before anything is sent

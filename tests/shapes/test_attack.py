@@ -18,7 +18,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attack, "SNAPSHOTS", (0.5, 1.0))
 
 
-@pytest.mark.parametrize("world", ["flow", "ddpm"])
+@pytest.mark.parametrize("world", [pytest.param("flow", marks=pytest.mark.slow), "ddpm"])
 def test_samples_come_from_every_run_and_snapshot(world: str, tmp_path: Path, short_runs: None) -> None:
     paths = (weights_dir(world), weights_dir(f"{world}-reward"))
     counts = {"train": 8, "held_out": 4}

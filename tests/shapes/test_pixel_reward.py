@@ -141,6 +141,7 @@ def test_wrong_inputs_are_refused(reward: PixelReward, images: torch.Tensor) -> 
         PixelRewardConfig(64, widths=(16, 16), blocks=(0, 0))
 
 
+@pytest.mark.slow
 def test_it_learns_what_tells_easy_pairs_apart(
     shapes_pipeline: Any, easy_pairs: PreferencePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def pairs(pipeline: Any) -> PreferencePairs:
     return fresh_pairs(pipeline, world_of(pipeline).name, pool=64, count=1600, seed=99)
 
 
+@pytest.mark.slow
 def test_accuracy_ensemble_and_calibration(reward: LatentReward, pairs: PreferencePairs) -> None:
     report = evaluate_reward(reward, pairs)
     assert report.accuracy["0.4"].value >= 0.85

@@ -66,6 +66,7 @@ def test_tables_of_a_perfect_value() -> None:
     assert (last["level"], last["reward_pearson"][0], last["fit_spearman"][0]) == pytest.approx((0.1, 1.0, -1.0))
 
 
+@pytest.mark.slow
 def test_command_on_the_shipped_world(tmp_path: Path) -> None:
     report = study(tmp_path, prompts=2, members=3, continuations=2, seed=0)
     assert json.loads((tmp_path / "step_correlation.json").read_text()) == report
