@@ -63,6 +63,11 @@ def published_models(family: str | None = None) -> tuple[ModelStructure, ...]:
     return tuple(model for each in known for model in _read(each.name))
 
 
+def published_as(target: str) -> tuple[ModelStructure, ...]:
+    """Published models with this name or hub id; none if there are none."""
+    return tuple(model for model in published_models() if target in (model.name, model.model_id))
+
+
 @cache
 def _read(family: str) -> tuple[ModelStructure, ...]:
     file = resources.files("dina_reward.families").joinpath("published", f"{family}.json")

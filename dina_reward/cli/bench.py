@@ -93,12 +93,12 @@ def _show(report: BenchReport) -> None:
 def _subject(target: str, size: int | None, weights: str | None, dtype: str, device: str | None) -> Subject:
     import torch
 
-    from dina_reward.backbones.structures import published_models
+    from dina_reward.backbones.structures import published_as, published_models
     from dina_reward.bench.subject import loaded_subject, random_subject
 
     if weights not in (None, "random", "loaded"):
         raise ValueError(f"--weights is {weights!r}; expected random or loaded")
-    published = [model for model in published_models() if target in (model.name, model.model_id)]
+    published = published_as(target)
     if weights == "random" and not published:
         names = ", ".join(model.name for model in published_models())
         raise ValueError(f"random weights are made for published models alone: {names}; got {target!r}")

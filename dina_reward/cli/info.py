@@ -58,7 +58,7 @@ def _structures(target: str) -> tuple[Any, ...] | None:
         return None
     from dina_reward.backbones.structures import (
         is_pipeline,
-        published_models,
+        published_as,
         structure_of_repository,
         structures_of_class,
     )
@@ -66,8 +66,7 @@ def _structures(target: str) -> tuple[Any, ...] | None:
     directory = Path(target).expanduser()
     if directory.is_dir():
         return (structure_of_repository(target),) if (directory / "model_index.json").is_file() else None
-    known = tuple(model for model in published_models() if target in (model.name, model.model_id))
-    if known:
+    if known := published_as(target):
         return known
     if target.isidentifier():
         return structures_of_class(target)

@@ -12,6 +12,7 @@ from dina_reward.cli.options import JsonOption
 
 
 if TYPE_CHECKING:
+    from dina_reward.backbones.structures import ModelStructure
     from dina_reward.planning import Device, Plan, Rates
 
 
@@ -98,7 +99,7 @@ def _plans(
         raise ValueError(
             f"{found.name} is a configuration of recipes/{launch.recipe}.py; plans are made of alignment runs"
         )
-    structure = structure_of(arguments.model_name_or_path)
+    structure = _structure_of(arguments.model_name_or_path)
     dtype = torch_dtype(arguments.torch_dtype)
     sizes = sizes_of(structure, config, dtype)
     family, denoiser = structure.family, sizes.denoiser_config
@@ -127,12 +128,12 @@ def _plans(
     return plans
 
 
-def structure_of(model: str) -> Any:
+def _structure_of(model: str) -> ModelStructure:
     """Structure of a generator by name, hub id, or directory; of a published one without the hub."""
-    from dina_reward.backbones.structures import published_models, structure_of_repository
+    from dina_reward.backbones.structures import published_as, structure_of_repository
     from dina_reward.shipped import pipeline_path
 
-    known = [each for each in published_models() if model in (each.name, each.model_id)]
+    known = published_as(model)
     return known[0] if known else structure_of_repository(pipeline_path(model))
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from tqdm.auto import tqdm
 from transformers import (
+    IntervalStrategy,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -63,7 +64,8 @@ class TrainingTable(TrainerCallback):
     """Prints step, cells and seconds per optimizer step of every log line, in colour where there is a terminal.
 
     Columns join the table when a log line first has them; the titles are then printed again. Seconds are those of training
-    since the last row that has them, without evaluations and checkpoints.
+    since the last row that has them, without evaluations and checkpoints. With ``logging_strategy="no"`` the rows are of
+    evaluations alone: these have the seconds, and no columns that only training lines fill.
 
     Args:
         cells_of: see `print_tables`.
@@ -104,14 +106,16 @@ class TrainingTable(TrainerCallback):
         if "train_runtime" in logs:
             _write(f"step {state.global_step} reached after {logs['train_runtime']:.0f} s")
             return
-        cells = self.cells_of(logs)
+        cells, evaluations_alone = self.cells_of(logs), args.logging_strategy == IntervalStrategy.NO
+        if evaluations_alone:
+            cells = {title: cell for title, cell in cells.items() if cell != ""}
         if not any(cell != "" for cell in cells.values()):
             return
         if new := [title for title in cells if title not in self.columns]:
             self.columns += new
             self._print_line(self._titles(), "bold")
         seconds: float | str = ""
-        if "loss" in logs and self._steps:
+        if self._steps and ("loss" in logs or evaluations_alone):
             seconds, self._seconds, self._steps = self._seconds / self._steps, 0.0, 0
         row = [state.global_step, *(cells.get(column, "") for column in self.columns), seconds]
         self._print_line(list(map(_printed, row)), "bold red" if ALARM in cells.values() else "")

@@ -32,12 +32,15 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def log(table: TrainingTable, step: int, logs: dict[str, Any], steps: int = 0, main: bool = True) -> None:
+def log(
+    table: TrainingTable, step: int, logs: dict[str, Any], steps: int = 0, main: bool = True, strategy: str = "steps"
+) -> None:
+    args: Any = SimpleNamespace(logging_strategy=strategy)
     state: Any = SimpleNamespace(global_step=step, is_world_process_zero=main)
     for _ in range(steps):
         table.on_step_begin(None, state, None)  # type: ignore[arg-type]
         table.on_step_end(None, state, None)  # type: ignore[arg-type]
-    table.on_log(None, state, None, logs=logs)  # type: ignore[arg-type]
+    table.on_log(args, state, None, logs=logs)  # type: ignore[arg-type]
 
 
 def test_rows_are_aligned_under_titles_that_are_repeated_when_columns_join(capsys, clock):
@@ -57,6 +60,17 @@ def test_rows_are_aligned_under_titles_that_are_repeated_when_columns_join(capsy
         "      4                       0.5       no         ",
         "     10        1                                  2",
         "step 10 reached after 61 s",
+    ]
+
+
+def test_without_training_lines_evaluations_have_the_seconds_and_no_column_is_empty(capsys, clock):
+    table = TrainingTable(lambda logs: {"reward": logs.get("reward", ""), "fit": logs["fit"]})
+    log(table, 0, {"fit": 0.25}, strategy="no")
+    log(table, 20, {"fit": 0.5}, steps=20, strategy="no")
+    assert capsys.readouterr().out.splitlines() == [
+        "   step      fit   s/step",
+        "      0     0.25         ",
+        "     20      0.5        2",
     ]
 
 

@@ -231,6 +231,10 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
     def _hacking_callback(self) -> RewardHackingCallback:
         """The reward-hacking alarm among the callbacks, or a new one; adds what answers it, where that is asked for."""
         if self.args.hacking_tighten > 1:
+            if any(isinstance(callback, TightenOnAlarm) for callback in self.callback_handler.callbacks):
+                raise ValueError(
+                    "hacking_tighten adds a TightenOnAlarm, and there is one among the callbacks; drop either"
+                )
             self.add_callback(TightenOnAlarm(self.args.hacking_tighten))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, RewardHackingCallback):

@@ -104,5 +104,7 @@ def test_what_cannot_be_tightened_is_refused(tmp_path):
     config = tiny_config(tmp_path / "sf", loss_type="policy_gradient", gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="DiffusionGRPOTrainer has nothing to tighten with these settings"):
         DiffusionGRPOTrainer(tiny_pipeline(), closeness, config, PROMPTS, **data)
+    with pytest.raises(ValueError, match="there is one among the callbacks; drop either"):
+        make(tmp_path / "two", [], [TightenOnAlarm()], hacking_tighten=2.0)
     with pytest.raises(ValueError, match="hacking_tighten"):
         tiny_config(tmp_path, hacking_tighten=0.5)
