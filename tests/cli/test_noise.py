@@ -16,7 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all commands
-HELP_SECONDS, INFO_SECONDS = 0.75, 4.5
+HELP_SHARE, INFO_SHARE = 0.4, 1.6  # of the processor time that `import torch` takes on the same machine
 COMMANDS = {
     "help": ["--help"],
     "score-help": ["score", "--help"],
@@ -87,7 +87,10 @@ def test_commands_print_no_noise(printed: dict[str, tuple[int, str, str]], name:
     assert output.strip()
 
 
-@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], HELP_SECONDS), (["info", "shapes"], INFO_SECONDS)])
-def test_commands_start_quickly(directory: Path, arguments: list[str], limit: float) -> None:
-    # One quick run of three is enough: other processes on the machine make a run slower, never faster.
-    assert any(run(arguments, directory)[1] < limit for _ in range(3))
+@pytest.mark.parametrize(("arguments", "share"), [(["--help"], HELP_SHARE), (["info", "shapes"], INFO_SHARE)])
+def test_commands_start_quickly(directory: Path, arguments: list[str], share: float) -> None:
+    # Against a yardstick of the same minute, since machines differ and others work on them; the best of up to three.
+    def ratio() -> float:
+        return run(arguments, directory)[1] / run(["import torch"], directory, program=["-c"])[1]
+
+    assert any(ratio() < share for _ in range(3))
