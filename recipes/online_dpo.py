@@ -3,9 +3,10 @@
     python recipes/online_dpo.py --config recipes/configs/online_dpo_shapes.yaml
 
 The policy samples groups, and the best of each are preferred to its worst (arXiv 2311.12908; Flow-DPO, arXiv 2501.13918).
+A dataset with the columns `prompt`, `chosen` and `rejected` (clean latents) and `num_generations: 2` is trained on as it is.
 Supported: flow-matching and DDPM models; sigmoid, IPO and soft (Thurstone) losses; several pairs per group; LoRA, QLoRA
 and full fine-tuning; several rewards.
-Not supported: a fixed set of preferences; train a reward on it with train_reward.py instead.
+Not supported: pairs of images; encode them first, or train a reward on them with train_reward.py.
 
 Any field of `RecipeArguments` and `OnlineDPOConfig` may stand in the YAML file or on the command line, which wins.
 An unknown key is an error. The trained weights land in `output_dir`, their moving average in `output_dir/ema`.

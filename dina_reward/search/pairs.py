@@ -33,7 +33,7 @@ class SearchPair:
     p_chosen: float
 
     def training_row(self) -> dict[str, Any]:
-        """The row that `LatentRewardTrainer` and the forward-process trainers read; of clean pairs alone.
+        """The row that `LatentRewardTrainer` and `OnlineDPOTrainer` train on; of clean pairs alone.
 
         Raises:
             ValueError: the latents are noisy, which trainers would noise again.

@@ -170,9 +170,15 @@ def dataset_digest(dataset: Any) -> str | None:
 
 
 def text_digest(value: Any) -> str:
-    """Digest of anything, by its JSON; objects that JSON has no form for count by their type."""
-    text = json.dumps(value, sort_keys=True, default=lambda item: type(item).__name__)
+    """Digest of anything, by its JSON; of tensors and arrays by their values, of other objects by their type."""
+    text = json.dumps(value, sort_keys=True, default=_json_form)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _json_form(item: Any) -> str:
+    if isinstance(item, np.ndarray) and item.dtype.kind in "fiub":
+        item = torch.from_numpy(item)
+    return f"tensor {tensor_digest([item])}" if isinstance(item, Tensor) else type(item).__name__
 
 
 def tensor_digest(tensors: Iterable[Tensor]) -> str:

@@ -1,22 +1,25 @@
-"""Online Diffusion-DPO: pairs out of freshly sampled groups, ranked by the reward, train the policy directly."""
+"""Diffusion-DPO: pairs out of sampled groups, ranked by the reward, or out of a dataset, train the policy directly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from dina_reward.alignment.experience.given_pairs import GIVEN_VARIANCE, given_experience, has_pairs
 from dina_reward.alignment.experience.maker import Experience
 from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
+from dina_reward.alignment.sampling.prompts import PromptDataset
 from dina_reward.alignment.sampling.rollout import PredictFunction
 from dina_reward.alignment.trainers.forward_process import ForwardProcessConfig, ForwardProcessTrainer
 from dina_reward.checks.values import check_choice, check_int, check_real
 from dina_reward.likelihood import ThurstoneModel, thurstone_preference
 from dina_reward.noise import NoisePoint
+from dina_reward.reward_functions import RewardFunction
 
 
 DPOLossType = Literal["sigmoid", "ipo", "soft"]
@@ -102,13 +105,48 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
     The policy samples groups, the reward ranks them, and the best of each group are preferred to its worst. Both sides of a
     pair see the same level and noise. The reference is the model before training. See `AlignmentTrainer` for the arguments.
 
+    A dataset whose rows are pairs (``prompt``; clean latents of one sample, ``chosen`` and ``rejected``; optionally
+    ``p_chosen``, the probability that the chosen side is the better one) is trained on as it is: Diffusion-DPO on given
+    preferences. Nothing is sampled then, and the reward is asked in evaluations alone; pairs that `search` leaves behind
+    are such rows. It takes groups of two. Where ``p_chosen`` is below one half, the sides change places.
+
     Examples:
         >>> args = OnlineDPOConfig("out", num_generations=8, per_device_train_batch_size=16, num_pairs=2)
         >>> trainer = OnlineDPOTrainer(pipe, reward, args, train_dataset=["a cat", "a dog"])
         >>> trainer.train()
+
+        >>> found = search(pipe, reward, prompts, method="best_of_n", budget=8, return_pairs=True)
+        >>> rows = [pair.training_row() for pair in found.pairs]
+        >>> args = OnlineDPOConfig("out", num_generations=2, per_device_train_batch_size=16, loss_type="soft")
+        >>> OnlineDPOTrainer(pipe, reward, args, train_dataset=rows).train()
+
+    Raises:
+        ValueError: rows with one side of a pair, or with pairs where ``num_generations`` is not 2.
     """
 
     args: OnlineDPOConfig
+
+    def __init__(
+        self,
+        pipeline: Any,
+        reward_funcs: RewardFunction | Sequence[RewardFunction],
+        args: OnlineDPOConfig,
+        train_dataset: PromptDataset,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(pipeline, reward_funcs, args, train_dataset, **kwargs)
+        self.pairs_are_given = has_pairs(self.experience_maker.prompts.dataset.columns)
+        if self.pairs_are_given and args.num_generations != 2:
+            raise ValueError(
+                f"train_dataset has pairs, which are groups of two, and num_generations is {args.num_generations}; set it "
+                "to 2, or drop the columns 'chosen' and 'rejected' to have groups sampled"
+            )
+
+    def make_experience(self, generation: int) -> tuple[list[Experience], dict[str, float]]:
+        """Groups that are sampled and ranked, or the pairs of the dataset."""
+        if self.pairs_are_given:
+            return given_experience(self.experience_maker, generation)
+        return super().make_experience(generation)
 
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
         """`dpo_loss` of the pairs of one micro-batch at one draw of levels and noise."""
@@ -152,7 +190,8 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         labels = torch.ones_like(pairs.kept)
         if self.args.loss_type == "soft":
             margin = experience.rewards[pairs.chosen] - experience.rewards[pairs.rejected]
-            variance = torch.tensor(self.args.soft_label_variance(), device=margin.device)
+            assumed = GIVEN_VARIANCE if self.pairs_are_given else self.args.soft_label_variance()
+            variance = torch.tensor(assumed, device=margin.device)
             labels = thurstone_preference(margin.nan_to_num(0.0), variance)
         smoothing = self.args.label_smoothing
         return (1 - smoothing) * labels + smoothing * (1 - labels)
