@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.checkpoints.pretrained import PretrainedReward
+from dina_reward.checks.late import LateChecks
 from dina_reward.checks.tensors import check_tensor
 from dina_reward.checks.values import check_flags, checked_int, is_real
 from dina_reward.families import Conditioning
@@ -27,6 +28,7 @@ from dina_reward.modeling.inputs import (
     check_size,
     expand_prompts,
     length_note,
+    rows_outside,
     unscaled_note,
 )
 from dina_reward.modeling.scoring import Ensemble, NoiseLevel, NoisyBatch, RewardOutput, score_batch
@@ -127,7 +129,8 @@ class LatentReward(PretrainedReward):
         check_flags(normalize=normalize, share_noise=share_noise, share_noise_across_levels=share_noise_across_levels)
         if noise is not None:
             noise = self._spatial_noise(noise, latents, height, width)
-        latents = self._spatial(latents, height, width)
+        late = LateChecks()
+        latents = self._spatial(latents, height, width, late)
         self._warn_once("scale", lambda: unscaled_note(latents, self.prompt_encoder.pipeline))
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         conditioning, prompt_index = self._conditioning(len(latents), prompts, given)
@@ -140,7 +143,7 @@ class LatentReward(PretrainedReward):
         batch = NoisyBatch(latents, draws, points, conditioning, prompt_index)
         parts = score_batch(self.model, self.noise_process, batch, ensemble=ensemble, batch_size=batch_size)
         deviation = self._spread(parts, points, kappa, spread)
-        drawn = self._finish(parts.draws, normalize)
+        drawn = self._finish(parts.draws, normalize, late)
         scores = drawn.mean(dim=0)
         if deviation is not None:
             deviation = deviation / self.config.score_scale if normalize else deviation
@@ -202,7 +205,8 @@ class LatentReward(PretrainedReward):
         check_flags(normalize=normalize)
         if (noise_level is None) == (timesteps is None):
             raise ValueError("give either `noise_level` or `timesteps`, to say how noisy the latents are")
-        noisy_latents = self._spatial(noisy_latents, height, width)
+        late = LateChecks()
+        noisy_latents = self._spatial(noisy_latents, height, width, late)
         given = _given_conditioning(prompt_embeds, pooled_prompt_embeds, prompt_embeds_mask)
         conditioning, prompt_index = self._conditioning(len(noisy_latents), prompts, given)
         process = self.noise_process
@@ -224,7 +228,7 @@ class LatentReward(PretrainedReward):
             )
             for start in range(0, batch, step)
         ]
-        return self._finish(torch.cat(scores), normalize)
+        return self._finish(torch.cat(scores), normalize, late)
 
     @torch.no_grad()
     def preference(
@@ -254,14 +258,14 @@ class LatentReward(PretrainedReward):
         """The reward's likelihood: from raw scores to the probability of a preference."""
         return self.config.preference_model()
 
-    def _spatial(self, latents: Tensor, height: int | None, width: int | None) -> Tensor:
-        """Checked latents in the family's spatial layout."""
-        if self._shared is not None and self._shared.check():
+    def _spatial(self, latents: Tensor, height: int | None, width: int | None, late: LateChecks) -> Tensor:
+        """Checked latents in the family's spatial layout; what only the device knows is left to ``late``."""
+        if self._shared is not None and self._shared.check(late):
             self.model.to(self.device)
         denoiser_config = self.config.backbone_config
         if isinstance(latents, Tensor):
             latents = self.family.unpack_latents(latents, denoiser_config, height=height, width=width)
-        check_latents(latents, self.family, denoiser_config, self.device)
+        check_latents(latents, self.family, denoiser_config, self.device, late)
         check_size(latents, height, width)
         return latents
 
@@ -342,12 +346,11 @@ class LatentReward(PretrainedReward):
     def _affine(self, scores: Tensor, normalize: bool) -> Tensor:
         return (scores + self.config.score_shift) / self.config.score_scale if normalize else scores
 
-    def _finish(self, scores: Tensor, normalize: bool) -> Tensor:
-        if not bool(torch.isfinite(scores).all()):
-            bad = (~torch.isfinite(scores)).nonzero()[:, -1].unique().tolist()
-            raise NonFiniteError(
-                f"scores of rows {bad[:8]} are not finite; if the backbone runs in float16, load it in bfloat16 or float32"
-            )
+    def _finish(self, scores: Tensor, normalize: bool, late: LateChecks) -> Tensor:
+        finite = torch.isfinite(scores)
+        advice = "if the backbone runs in float16, load it in bfloat16 or float32"
+        late.add(finite, lambda: NonFiniteError(f"scores of rows {rows_outside(finite)} are not finite; {advice}"))
+        late.settle()
         return self._affine(scores, normalize)
 
 

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dina_reward.backbones.quantization import copy_4bit, is_4bit, own_4bit_weight
+from dina_reward.checks.late import LateChecks
 from dina_reward.modeling.content import probe
 
 
@@ -58,14 +59,17 @@ class SharedTensors:
             "`from_pretrained`, or with share_backbone=False"
         )
 
-    def check(self) -> bool:
+    def check(self, late: LateChecks) -> bool:
         """Follows the generator's tensors to where they are now.
+
+        Args:
+            late: takes the comparison of what they hold, which waits for the device.
 
         Returns:
             Whether any had moved.
 
         Raises:
-            SharedBackboneError: the tensors no longer are the weights the reward was attached to.
+            SharedBackboneError: the tensors no longer are the weights the reward was attached to; also by ``late``.
         """
         moved = False
         _refuse_merged(self._generator)
@@ -80,10 +84,11 @@ class SharedTensors:
         if moved:
             self._follow()
         same = (torch.cat(self._probes).float() - self._content).abs() <= self._tolerance
-        if not bool(same.all()):
-            owner = torch.cat([torch.full((len(view),), i) for i, view in enumerate(self._probes)])
-            raise _changed(self._links[int(owner[~same.cpu()][0])].name)
+        late.add(same, lambda: _changed(self._links[int(self._owners()[~same.cpu()][0])].name))
         return moved
+
+    def _owners(self) -> Tensor:
+        return torch.cat([torch.full((len(view),), i) for i, view in enumerate(self._probes)])
 
     def _follow(self) -> None:
         """What the tensors have to hold where they are now: the same, rounded to another dtype if need be."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dina_reward.checks.late import LateChecks
 from dina_reward.checks.tensors import check_dense, check_tensor
 from dina_reward.checks.values import is_int
 from dina_reward.families import Conditioning, ModelFamily
@@ -22,9 +23,16 @@ class NonFiniteError(ValueError):
 
 
 def check_latents(
-    latents: Tensor, family: ModelFamily, denoiser_config: Mapping[str, Any], device: torch.device
+    latents: Tensor,
+    family: ModelFamily,
+    denoiser_config: Mapping[str, Any],
+    device: torch.device,
+    late: LateChecks | None = None,
 ) -> None:
     """Type, dtype, device, layout and finiteness of latents.
+
+    Args:
+        late: takes the check of finiteness, which waits for the device; without it, it is made here.
 
     Raises:
         ValueError: with the fault.
@@ -43,9 +51,18 @@ def check_latents(
     if latents.device != device:
         raise ValueError(f"latents are on {latents.device} but the reward is on {device}; move one of them")
     finite = torch.isfinite(latents).flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().flatten().tolist()
-        raise NonFiniteError(f"latents of rows {bad[:8]} are not finite; the sampler has diverged")
+    checks = LateChecks() if late is None else late
+    checks.add(
+        finite,
+        lambda: NonFiniteError(f"latents of rows {rows_outside(finite)} are not finite; the sampler has diverged"),
+    )
+    if late is None:
+        checks.settle()
+
+
+def rows_outside(holds: Tensor) -> list[int]:
+    """The first rows, by the last dimension, for which a condition does not hold."""
+    return torch.unique((~holds).nonzero()[:, -1]).tolist()[:8]
 
 
 def unscaled_note(latents: Tensor, pipeline: Any) -> str | None:
@@ -58,7 +75,7 @@ def unscaled_note(latents: Tensor, pipeline: Any) -> str | None:
     if config is None or config.get("latents_mean") is not None or config.get("scaling_factor") is None:
         return None
     unscaled, spread = 1 / float(config["scaling_factor"]), float(latents.detach().float().std())
-    if latents[0].numel() < 2 or spread <= 0 or abs(math.log(unscaled)) < 0.3:
+    if latents[0].numel() < 2 or not spread > 0 or abs(math.log(unscaled)) < 0.3:
         return None
     if math.log(spread) / math.log(unscaled) < 0.8:
         return None
