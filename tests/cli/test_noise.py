@@ -28,8 +28,8 @@ COMMANDS = {
     "convert": ["convert", str(ROOT / "tests" / "fixtures" / "parity" / "case_a" / "reward"), "native"],
     "recipes": ["recipes", "list", "--directory", str(ROOT / "recipes")],
     "recipes-validate": ["recipes", "validate", "flow_grpo_shapes", "--directory", str(ROOT / "recipes")],
-    "demo": ["demo", "--iterations", "1", "-o", "demo"],
 }
+SLOW_COMMANDS = {"demo": ["demo", "--iterations", "1", "-o", "demo"]}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,12 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def printed(directory: Path) -> dict[str, tuple[int, str, str]]:
-    """Exit code, standard output and standard error of each command; all run in one new process."""
-    (directory / "commands.json").write_text(json.dumps(COMMANDS))
+def printed(request: pytest.FixtureRequest, directory: Path) -> dict[str, tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each command that is tested; all run in one new process."""
+    tested = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    names = [call.params["name"] for call in tested if call is not None and "name" in call.params]
+    commands = {**COMMANDS, **SLOW_COMMANDS}
+    (directory / "commands.json").write_text(json.dumps({name: commands[name] for name in names}))
     output = directory / "printed"
     output.mkdir()
     script = Path(__file__).with_name("run_commands.py")
@@ -79,7 +82,7 @@ def printed(directory: Path) -> dict[str, tuple[int, str, str]]:
     }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_COMMANDS)])
 def test_commands_print_no_noise(printed: dict[str, tuple[int, str, str]], name: str) -> None:
     code, output, errors = printed[name]
     assert code == 0, errors

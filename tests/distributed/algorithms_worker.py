@@ -9,13 +9,19 @@ import torch
 from tests.alignment.helpers import ALGORITHMS, algorithm_trainer, logged, lora_tensors
 
 
+NAMES = {
+    "algorithms": ("grpo", "nft"),
+    "other_algorithms": tuple(name for name in ALGORITHMS if name not in ("grpo", "nft")),
+}
+"""Algorithms of each job; those of the second run with the slow tests."""
+
 COUNTS = ("denoiser_calls", "denoiser_calls/rollout", "denoiser_calls/update", "reward_calls", "decoder_calls")
 
 
-def run(output_dir: Path, batch_size: int) -> dict[str, dict[str, object]]:
-    """Two generations with every algorithm."""
+def run(output_dir: Path, batch_size: int, job: str) -> dict[str, dict[str, object]]:
+    """Two generations with every algorithm of a job."""
     results: dict[str, dict[str, object]] = {}
-    for name in ALGORITHMS:
+    for name in NAMES[job]:
         settings = {"per_device_train_batch_size": batch_size, "max_steps": 4, "learning_rate": 1e-3}
         trainer = algorithm_trainer(name, output_dir / name, **settings)
         trainer.train()
@@ -34,4 +40,4 @@ def run(output_dir: Path, batch_size: int) -> dict[str, dict[str, object]]:
 
 
 def work(directory: Path) -> None:
-    torch.save(run(directory, 3), directory / f"rank{torch.distributed.get_rank()}.pt")
+    torch.save(run(directory, 3, directory.name), directory / f"rank{torch.distributed.get_rank()}.pt")

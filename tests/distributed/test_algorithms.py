@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.alignment.helpers import ALGORITHMS
-from tests.distributed.algorithms_worker import run
+from tests.distributed.algorithms_worker import NAMES, run
 
 
 pytestmark = pytest.mark.distributed
@@ -25,12 +24,16 @@ def ranks(two_processes: Callable[[str], Path]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("one_rank"), 6)
+    return run(tmp_path_factory.mktemp("one_rank"), 6, JOB)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", NAMES[JOB])
 def test_two_ranks_with_half_the_batch_train_like_one(ranks: list[Any], alone: dict[str, Any], name: str) -> None:
-    first, second, expected = ranks[0][name], ranks[1][name], alone[name]
+    check_ranks(ranks[0][name], ranks[1][name], alone[name])
+
+
+def check_ranks(first: dict[str, Any], second: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Weights, rewards, gradients and calls of both ranks are those of one process."""
     assert first["processes"] == second["processes"] == 2
     for kind in ("lora", "averaged"):
         for key, tensor in expected[kind].items():

@@ -23,6 +23,7 @@ JOBS = {
     "bucketed": "tests.distributed.test_bucketed_trainer",
     "grpo": "tests.distributed.grpo_worker",
     "algorithms": "tests.distributed.algorithms_worker",
+    "other_algorithms": "tests.distributed.algorithms_worker",
     "fsdp_policy": "tests.distributed.fsdp_worker",
     "fsdp_reward": "tests.distributed.reward_fsdp_worker",
 }

@@ -120,7 +120,7 @@ def test_gradients_reach_the_latents_with_and_without_checkpointing(setup: Setup
 def test_backbone_compiles_whole(setup: Setup) -> None:
     backbone = setup.backbone()
     expected = backbone(setup.latents, setup.timestep, setup.conditioning)
-    compiled = torch.compile(backbone, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(backbone, backend="eager", fullgraph=True)
     features = compiled(setup.latents, setup.timestep, setup.conditioning)
     torch.testing.assert_close(features.visual[-1], expected.visual[-1])
 

@@ -82,7 +82,8 @@ def test_align_with_flow_grpo(tmp_path: Path, run_example: RunExample) -> None:
     assert len(list((output / "pictures").glob("step-*.png"))) == 2
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["--no-reward"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--no-reward"]])
 def test_swap_into_your_loop(run_example: RunExample, options: list[str]) -> None:
     output = run_example("04_swap_into_your_loop.py", "--rounds", "1", *options)
     (reward_before, fit_before), (reward_after, _) = re.findall(r"reward (-?\d+\.\d+), oracle fit (0\.\d+)", output)
