@@ -3,7 +3,8 @@
     python recipes/compare_pixel_reward.py --output outputs/pixel --jobs 2    # restartable
 
 The latent reward is the one that ships. The pixel reward is a residual network with about as many parameters, trained on the
-same pairs by the same likelihood, loss, optimizer and number of steps; it reads the decoded images with their captions. The
+same pairs by the same likelihood, loss and optimizer; it reads the decoded images with their captions. It gets as many steps
+as the first of the latent reward's phases; `--steps 9900` are those of all of them. The
 command makes these pairs again (or takes those of a build with `--world`), trains the pixel reward, judges both on the same
 held-out pairs, and aligns the embedded generator with each by Flow-GRPO under the same settings, several seeds each, while
 the oracle judges held-out prompts. Every job is a process of its own; the command can be killed and started again: jobs that

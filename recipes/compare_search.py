@@ -8,7 +8,8 @@ stepwise selection also search on a flow-matching generator that was aligned wit
 find, and never what they search by.
 With `--pixel-reward`, a directory that `recipes/compare_pixel_reward.py` has trained, a reward that must decode takes part.
 Every job is a process of its own; the command can be killed and started again: jobs that are complete are kept. It writes
-`search.json`, `search.md` and `search.png` to the output, and prints the tables and what becomes of the claims.
+`search.json`, `search.md`, `search.png` and `search_samples.png` to the output, and prints the tables and what becomes of the
+claims.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dina_reward.shapes.jobs import RESULT_NAME, Job, run_jobs
 from dina_reward.shapes.search_comparison import BUDGETS, DEAR, EARLY, GENERATORS, METHODS, STEPS
 
 
-MODULE = "dina_reward.shapes.search_comparison"
+MODULE, PICTURES = "dina_reward.shapes.search_comparison", "dina_reward.shapes.search_pictures"
 BASELINE = "best_of_n"
 EARLY_OF = 8
 EARLY_GAP, EARLY_SHARE, GAIN = 0.01, 0.6, 3.0
@@ -60,6 +61,7 @@ def jobs_of(arguments: argparse.Namespace) -> list[list[Job]]:
 
     shipped = [name for name in arguments.generators if name != "aligned"]
     first = [job for name in shipped for job in of(name)]
+    first.append(Job(["-m", PICTURES, "--output", output], output / "pictures" / RESULT_NAME))
     if arguments.variants:
         first += [
             Job(["-m", MODULE, name, "--variants", *common], output / name / "variants" / RESULT_NAME)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -23,14 +21,12 @@ from dina_reward.shapes.alignment import (
 from dina_reward.shapes.autoencoder import decode_latents
 from dina_reward.shapes.generator import sample_latents
 from dina_reward.shapes.oracle import Oracle
-from dina_reward.shapes.prompts import ATTRIBUTES, SHAPES, Scene, sample_prompts
-from dina_reward.shapes.renderer import IMAGE_SIZE
+from dina_reward.shapes.prompts import sample_prompts
 from dina_reward.shapes.shipped import load_pipeline, load_reward
+from dina_reward.shapes.tiles import draw_tile, shown_prompts, two_lines
 
 
 PICTURE_NAME = "demo.png"
-_EACH = 2
-"""Prompts of each shape in the picture."""
 
 
 def run_demo(output: Path, *, iterations: int, seed: int) -> None:
@@ -96,10 +92,10 @@ def draw(result: AlignmentResult, path: Path) -> Path:
         assert record.picture is not None
         tiles = grid_tiles(Image.open(result.output_dir / record.picture), EVALUATION_IMAGES)
         for column, number in enumerate(shown):
-            _draw_tile(axes[row, column], tiles[number], prompts[number])
+            draw_tile(axes[row, column], tiles[number], prompts[number])
         axes[row, 0].set_ylabel(f"{name}\nfit {record.metrics['fit']:.2f}", fontsize=13)
     for column, number in enumerate(shown):
-        axes[0, column].set_title(_wrapped(prompts[number]), fontsize=9, fontweight="bold")
+        axes[0, column].set_title(two_lines(prompts[number]), fontsize=9, fontweight="bold")
     samples.suptitle(
         "Told what to draw: a generator before and after DiffusionNFT on a latent reward (held-out prompts, same noise)"
     )
@@ -107,38 +103,6 @@ def draw(result: AlignmentResult, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return path
-
-
-def shown_prompts(prompts: Sequence[str]) -> list[int]:
-    """Numbers of the prompts in the picture: the first `_EACH` of each shape, shape by shape."""
-    shapes = [Scene.parse(prompt).shape for prompt in prompts]
-    return [number for shape in SHAPES for number in [i for i, s in enumerate(shapes) if s == shape][:_EACH]]
-
-
-def _wrapped(prompt: str) -> str:
-    """ "a large red circle on a white background" -> two short lines."""
-    thing, background = prompt.removeprefix("a ").split(" on a ")
-    return f"{thing}\non {background.removesuffix(' background')}"
-
-
-def _draw_tile(axes, tile: Image.Image, prompt: str) -> None:  # type: ignore[no-untyped-def]
-    """A tile, and under it the four things that the prompt asks for, each with a tick or a cross."""
-    axes.imshow(tile, interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    side = min(tile.size)
-    image = torch.from_numpy(np.array(tile.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)))
-    right = Oracle()(image.permute(2, 0, 1)[None] / 255, [prompt]).attributes[0].tolist()
-    scene = Scene.parse(prompt)
-    for place, (name, fits) in enumerate(zip(ATTRIBUTES, right, strict=True)):
-        row, column = divmod(place, 2)
-        axes.text(
-            side * (0.02 + 0.52 * column),
-            side * (1.1 + 0.14 * row),
-            f"{'✓' if fits else '✗'} {getattr(scene, name)}",
-            color="tab:green" if fits else "tab:red",
-            fontsize=9,
-            va="center",
-        )
 
 
 def _draw_curves(axes, history: list[EvaluationRecord]) -> None:  # type: ignore[no-untyped-def]

@@ -35,7 +35,7 @@ from dina_reward.training.ema import EMACallback
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 NORM_GROUPS = 8
 STEPS = 3000
-"""Optimizer steps, as many as the latent reward gets."""
+"""Optimizer steps, as many as the first phase of the latent reward has, which got five more (9,900 steps in all)."""
 
 FIXED_VARIANCE = 0.05
 """Variance of a score in training: that of the latent reward's likelihood at noise level 0."""
