@@ -8,7 +8,7 @@ stepwise selection also search on a flow-matching generator that was aligned wit
 find, and never what they search by.
 With `--pixel-reward`, a directory that `recipes/compare_pixel_reward.py` has trained, a reward that must decode takes part.
 Every job is a process of its own; the command can be killed and started again: jobs that are complete are kept. It writes
-`search.json`, `search.md`, `search.png` and `search_samples.png` to the output, and prints the tables and what becomes of the
+`search.json`, `search.md`, `search.png` and `search_samples.png` to the output, and prints the tables and what comes of the
 claims.
 """
 
