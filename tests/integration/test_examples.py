@@ -120,6 +120,7 @@ def test_backprop_the_reward(tmp_path: Path, run_example: RunExample) -> None:
     assert (tmp_path / "outputs" / "my_backprop" / "pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_from_images_to_an_evaluation(tmp_path: Path, run_example: RunExample) -> None:
     output = run_example("07_from_images_to_an_evaluation.py")
     assert "119 of 120 pairs" in output

@@ -40,12 +40,17 @@ def refuse_to_decode(*args, **kwargs):
         {"guidance_scale": 2.0},
         {"dtype": torch.bfloat16},
         {"gradient_checkpointing": True},
-        {"same_latent_within_group": True},
         {"bf16": True},
-        {"offload_trajectories": True},
-        {"train_timestep_fraction": 0.5},
-        {"sde_window_schedule": "sliding"},
-        {"loss_type": "grpo_guard", "sde_type": "flow_sde", "eta": 0.7},
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (
+                {"same_latent_within_group": True},
+                {"offload_trajectories": True},
+                {"train_timestep_fraction": 0.5},
+                {"sde_window_schedule": "sliding"},
+                {"loss_type": "grpo_guard", "sde_type": "flow_sde", "eta": 0.7},
+            )
+        ),
         {"train_full_model": True, "learning_rate": 1e-4},
         {"load_in_4bit": True},
     ],
