@@ -122,6 +122,13 @@ class AlignmentConfig(TrainingArguments):
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Quantise the frozen weights to NF4 under the LoRA (QLoRA, bitsandbytes)."}
     )
+    merge_for_rollout: bool = field(
+        default=False,
+        metadata={
+            "help": "Sample with the LoRA merged into the weights, which are restored bit for bit afterwards. Faster; log-"
+            "probabilities are then replayed by the unmerged model, and ratios start at 1 up to rounding."
+        },
+    )
     reward_overlap: bool = field(
         default=False,
         metadata={
@@ -290,6 +297,11 @@ class AlignmentConfig(TrainingArguments):
         if self.train_full_model and self.load_in_4bit:
             raise ValueError(
                 "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"
+            )
+        if self.merge_for_rollout and (self.train_full_model or self.load_in_4bit):
+            other = "train_full_model" if self.train_full_model else "load_in_4bit"
+            raise ValueError(
+                f"merge_for_rollout adds a LoRA to weights in 16 or 32 bits, and {other} has none of either; drop one"
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay false: reward functions read the dataset's columns")

@@ -114,6 +114,39 @@ class Policy(Generator):
         with self.use_weights(self._initial):
             yield
 
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """The denoiser with its LoRA added to the frozen weights, inside the context: calls cost what the base model costs.
+
+        Predictions are those of the LoRA beside the weights up to rounding, in the weights' dtype. On leaving, the frozen
+        weights are back bit for bit, from copies of the adapted layers that are kept meanwhile. What shares the weights,
+        such as a latent reward on them, must not run inside.
+
+        Raises:
+            ValueError: there is no LoRA, or the weights are quantised or sharded.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from torch.distributed.fsdp import FSDPModule
+
+        if self.train_full_model or is_quantized(self.denoiser) or isinstance(self.denoiser, FSDPModule):
+            why = "trained in full" if self.train_full_model else "quantised or sharded"
+            raise ValueError(
+                f"the denoiser's weights are {why}, so no LoRA can be merged into them; see merge_for_rollout"
+            )
+        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        frozen = [weight.detach().clone() for weight in weights]
+        try:
+            with torch.no_grad():
+                for layer in layers:
+                    layer.merge(adapter_names=[ADAPTER_NAME])
+            yield
+        finally:
+            with torch.no_grad():
+                for layer, weight, before in zip(layers, weights, frozen, strict=True):
+                    layer.unmerge()
+                    weight.data.copy_(before)  # what was subtracted again has been rounded
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Trained tensors by name, in a fixed order; under FSDP2 the sharded ones."""
         return trainable_parameters(self.denoiser)

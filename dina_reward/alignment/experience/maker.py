@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -245,17 +246,18 @@ class ExperienceMaker:
         for number, rows in enumerate(self._row_ranges()):
             part = slice(number * len(rows), (number + 1) * len(rows))
             bound = self.policy.bind(conditioning[prompt_index[part]], negative)
-            rollout = sample(
-                bound,
-                self.initial_latents(generation, rows),
-                self.sampler,
-                stochastic=plan.stochastic,
-                trained=plan.trained,
-                step_noise=self._step_noise(generation, rows, len(plan.stochastic)),
-                keep_means=plan.keep_means,
-                keep_clean=plan.credit_discount is not None,
-                offload=self.args.offload_trajectories,
-            )
+            with self.policy.merged() if self.args.merge_for_rollout else contextlib.nullcontext():
+                rollout = sample(
+                    bound,
+                    self.initial_latents(generation, rows),
+                    self.sampler,
+                    stochastic=plan.stochastic,
+                    trained=plan.trained,
+                    step_noise=self._step_noise(generation, rows, len(plan.stochastic)),
+                    keep_means=plan.keep_means,
+                    keep_clean=plan.credit_discount is not None,
+                    offload=self.args.offload_trajectories,
+                )
             reference = self._reference(bound, rollout) if plan.reference else {}
             yield _Chunk(rows, prompt_rows[part], prompt_index[part], rollout, reference)
 

@@ -121,6 +121,8 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         self.add_callback(self.costs)
         self.hacking = self._hacking_callback()
         self.rewards = _reward_set(functions, args, self.policy)
+        if args.merge_for_rollout and args.reward_overlap:
+            _refuse_shared(self.rewards.functions)
         self.reward_weights = checked_reward_weights(args.reward_weights, len(self.rewards.functions))
         self.experience_maker = ExperienceMaker(
             self.policy, prompts, self.rewards, self.reward_weights, self._new_sampler(), args, self.accelerator
@@ -381,6 +383,16 @@ def _reward_set(functions: Sequence[RewardFunction], args: AlignmentConfig, poli
         settings |= {"kappa": args.reward_kappa, "spread": args.reward_spread}
 
     return RewardSet(functions, settings, policy.decode)
+
+
+def _refuse_shared(functions: Sequence[RewardFunction]) -> None:
+    """Rewards that would score on weights into which the next samples' LoRA is merged."""
+    for function in map(unwrapped, functions):
+        if isinstance(function, LatentReward) and function.shares_backbone:
+            raise ValueError(
+                "merge_for_rollout and reward_overlap exclude each other with a reward on the generator's own weights: it "
+                "would score while the LoRA is merged into them; drop one, or load the reward with share_backbone=False"
+            )
 
 
 def _facts_of(policy: Policy, prompts: PromptDataset, functions: Sequence[RewardFunction]) -> dict[str, Any]:
