@@ -133,7 +133,7 @@ class Policy(Generator):
             raise ValueError(
                 f"the denoiser's weights are {why}, so no LoRA can be merged into them; see merge_for_rollout"
             )
-        layers = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
+        layers: list[Any] = [module for module in self.denoiser.modules() if isinstance(module, BaseTunerLayer)]
         weights = [layer.get_base_layer().weight for layer in layers]
         frozen = [weight.detach().clone() for weight in weights]
         try:
