@@ -16,6 +16,8 @@ from dina_reward.search.result import SearchResult
 
 
 _DRAWN_LINEAGES = 8
+_MUCH_WIDER = 4
+"""Times that scores of some check may reach beyond those of the last one before the axis turns logarithmic there."""
 
 
 def result_grid(result: SearchResult) -> Image.Image:
@@ -74,6 +76,11 @@ def _draw_scores(axes: Any, result: SearchResult) -> None:
         steps = [result.trace[number].step for number, _ in places]
         axes.plot(steps, [heights[number][place] for number, place in places], color="tab:blue", alpha=0.6, zorder=1)
     axes.set(xlabel="denoising steps made", ylabel="score above the mean of its prompt", xlim=(0, None))
+    reach = [max(map(abs, values), default=0.0) for values in heights]
+    if reach[-1] > 0 and max(reach) > _MUCH_WIDER * reach[-1]:
+        # Scores of states that are almost noise spread widely, and would press all others onto one line.
+        axes.set_yscale("symlog", linthresh=reach[-1])
+        axes.set_ylabel(f"score above the mean of its prompt (logarithmic beyond ±{reach[-1]:.2g})")
     axes.set_title("every scored sample: blue went on, grey did not; lines lead to what was returned", fontsize=9)
     axes.grid(alpha=0.3)
 
