@@ -79,8 +79,10 @@ def _draw_scores(axes: Any, result: SearchResult) -> None:
     reach = [max(map(abs, values), default=0.0) for values in heights]
     if reach[-1] > 0 and max(reach) > _MUCH_WIDER * reach[-1]:
         # Scores of states that are almost noise spread widely, and would press all others onto one line.
-        axes.set_yscale("symlog", linthresh=reach[-1])
-        axes.set_ylabel(f"score above the mean of its prompt (logarithmic beyond ±{reach[-1]:.2g})")
+        axes.set_yscale("symlog", linthresh=reach[-1], linscale=2)
+        axes.set_yticks([sign * reach[-1] * size for sign in (-1, 1) for size in (1, 10)] + [0])
+        axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.set_ylabel("score above the mean of its prompt\n(logarithmic where early scores spread)")
     axes.set_title("every scored sample: blue went on, grey did not; lines lead to what was returned", fontsize=9)
     axes.grid(alpha=0.3)
 
