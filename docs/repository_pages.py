@@ -31,6 +31,7 @@ PICTURES = (
     "recipes/results/ablation.png",
     "recipes/results/comparison.png",
     "recipes/results/search.png",
+    "recipes/results/search_samples.png",
     "recipes/results/refresh.png",
 )
 

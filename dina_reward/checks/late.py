@@ -14,7 +14,7 @@ class LateChecks:
     Examples:
         >>> late = LateChecks()
         >>> late.add(torch.isfinite(latents), lambda: ValueError("latents are not finite"))
-        >>> scores = model(latents)
+        >>> scores = latents.mean(dim=(1, 2, 3))
         >>> late.settle()  # the host waits here, and nowhere before
     """
 

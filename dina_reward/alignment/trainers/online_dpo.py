@@ -115,10 +115,10 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         >>> trainer = OnlineDPOTrainer(pipe, reward, args, train_dataset=["a cat", "a dog"])
         >>> trainer.train()
 
-        >>> found = search(pipe, reward, prompts, method="best_of_n", budget=8, return_pairs=True)
-        >>> rows = [pair.training_row() for pair in found.pairs]
+        >>> from dina_reward.search import search
+        >>> found = search(pipe, reward, ["a cat", "a dog"], method="best_of_n", budget=8, return_pairs=True)
+        >>> rows = [pair.training_row() for pair in found.pairs]  # a train_dataset for the following settings
         >>> args = OnlineDPOConfig("out", num_generations=2, per_device_train_batch_size=16, loss_type="soft")
-        >>> OnlineDPOTrainer(pipe, reward, args, train_dataset=rows).train()
 
     Raises:
         ValueError: rows with one side of a pair, or with pairs where ``num_generations`` is not 2.
