@@ -39,13 +39,17 @@ GROUP = 18
 
 
 @contextlib.contextmanager
-def server(max_batch_size: int) -> Iterator[Callable[[], str]]:
-    """The command in a process of its own; gives a function that waits until it is ready and returns its address."""
+def server(*options: str) -> Iterator[Callable[[], str]]:
+    """The command in a process of its own; gives a function that waits until it is ready and returns its address.
+
+    Args:
+        options: of the command; the embedded world's reward unless they say another.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "dina_reward.cli", "serve", "--model-path", "shapes", f"--port={port}"]
-    command += [f"--max-batch-size={max_batch_size}", "--drain-seconds=0"]
+    command += ["--drain-seconds=0", *options]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
 
@@ -97,7 +101,7 @@ def figure(url: str, name: str) -> float:
 
 def measure(rows: int, rounds: int, clients: list[int], max_batch_size: int) -> dict[str, Any]:
     """Median seconds of every way to score the rows."""
-    with server(max_batch_size) as ready:
+    with server(f"--max-batch-size={max_batch_size}") as ready:
         reward = load_reward(pipeline=load_pipeline())
         latents, prompts, bodies = rows_of(reward, rows)
         url = ready()
