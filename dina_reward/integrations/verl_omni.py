@@ -45,7 +45,8 @@ async def compute_score(
     Args:
         solution_image: the latent, shape ``(channels, height, width)``, unless ``extra_info`` has it.
         ground_truth: the prompt, unless ``extra_info`` has embeddings or a ``raw_prompt``.
-        extra_info: ``latents_clean``, ``prompt_embeds`` and ``pooled_prompt_embeds`` as the roll-out writes them.
+        extra_info: ``latents_clean`` (in newer trees ``media_artifacts`` with an ``image_latent``), ``prompt_embeds`` and
+            ``pooled_prompt_embeds`` as the roll-out writes them.
         model_path: the reward; it is loaded once per process, and set of these options.
         base_model_path: the diffusers model it runs on. Default: the one that the checkpoint names.
         device: default: cuda if there is one, else cpu.
@@ -89,6 +90,9 @@ def _batcher(
 
 def _latents(solution_image: Any, extra_info: dict[str, Any]) -> Any:
     latents = extra_info.get("latents_clean")
+    artifact = extra_info.get("media_artifacts", {}).get("image_latent")
+    if latents is None and artifact is not None:
+        latents = artifact.data
     if latents is None and isinstance(solution_image, Tensor) and solution_image.shape[-3:-2] != (3,):
         latents = solution_image
     if latents is None:
