@@ -1,7 +1,8 @@
 """The same application on Ray Serve, where one machine is too small: replicas, each with a device of its own.
 
 Batching stays with our own batcher, inside of each replica: it groups rows by shape and takes a lone request at once, which
-``serve.batch`` does not. Needs ``pip install "ray[serve]"``, which no extra of this package brings.
+``serve.batch`` does not, and it measures better (``tests/benchmarks/bench_ray.py``). Needs ``pip install "ray[serve]"``,
+which no extra of this package brings.
 
     serve run dina_reward.serving.ray:build model_path=path/to/reward num_replicas=2 num_gpus=1
 """
