@@ -39,6 +39,7 @@ async def compute_score(
     score_bias: float = 0.0,
     max_batch_size: int = 16,
     max_wait_ms: float = 10.0,
+    data_source: Any = None,
 ) -> dict[str, float]:
     """Scores one sample of the roll-out.
 
@@ -55,6 +56,7 @@ async def compute_score(
         noise_seed: of the noise of every sample, as the HTTP client has it. Default: one seed per prompt.
         score_scale, score_bias: the score is ``score_scale * raw + score_bias``.
         max_batch_size, max_wait_ms: as for `MicroBatcher`.
+        data_source: of the sample, which the client names where this is the only reward function; changes nothing.
 
     Returns:
         ``score`` and ``raw_score``; the latter is logged.

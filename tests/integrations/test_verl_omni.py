@@ -21,6 +21,7 @@ def rows(latents: Tensor, **extra: Any) -> list[dict[str, Any]]:
         {
             "solution_image": latents[i],
             "ground_truth": PROMPTS[i],
+            "data_source": "prompts",
             "extra_info": {name: value[i] for name, value in extra.items()},
         }
         for i in range(len(latents))
