@@ -39,13 +39,15 @@ async def compute_score(
     score_bias: float = 0.0,
     max_batch_size: int = 16,
     max_wait_ms: float = 10.0,
+    data_source: Any = None,
 ) -> dict[str, float]:
     """Scores one sample of the roll-out.
 
     Args:
         solution_image: the latent, shape ``(channels, height, width)``, unless ``extra_info`` has it.
         ground_truth: the prompt, unless ``extra_info`` has embeddings or a ``raw_prompt``.
-        extra_info: ``latents_clean``, ``prompt_embeds`` and ``pooled_prompt_embeds`` as the roll-out writes them.
+        extra_info: ``latents_clean`` (in newer trees ``media_artifacts`` with an ``image_latent``), ``prompt_embeds`` and
+            ``pooled_prompt_embeds`` as the roll-out writes them.
         model_path: the reward; it is loaded once per process, and set of these options.
         base_model_path: the diffusers model it runs on. Default: the one that the checkpoint names.
         device: default: cuda if there is one, else cpu.
@@ -54,6 +56,7 @@ async def compute_score(
         noise_seed: of the noise of every sample, as the HTTP client has it. Default: one seed per prompt.
         score_scale, score_bias: the score is ``score_scale * raw + score_bias``.
         max_batch_size, max_wait_ms: as for `MicroBatcher`.
+        data_source: of the sample, which the client names where this is the only reward function; changes nothing.
 
     Returns:
         ``score`` and ``raw_score``; the latter is logged.
@@ -89,6 +92,9 @@ def _batcher(
 
 def _latents(solution_image: Any, extra_info: dict[str, Any]) -> Any:
     latents = extra_info.get("latents_clean")
+    artifact = extra_info.get("media_artifacts", {}).get("image_latent")
+    if latents is None and artifact is not None:
+        latents = artifact.data
     if latents is None and isinstance(solution_image, Tensor) and solution_image.shape[-3:-2] != (3,):
         latents = solution_image
     if latents is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 
@@ -24,6 +24,7 @@ class ServingMetrics:
 
     def __init__(self, queue_rows: Callable[[], float], held_bytes: Callable[[], float]) -> None:
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # CPU time, memory, open files
         self._registry = registry
         prefix = "dina_reward_"
         labels = ("path", "status")

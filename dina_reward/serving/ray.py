@@ -1,15 +1,16 @@
 """The same application on Ray Serve, where one machine is too small: replicas, each with a device of its own.
 
 Batching stays with our own batcher, inside of each replica: it groups rows by shape and takes a lone request at once, which
-``serve.batch`` does not. Needs ``pip install "ray[serve]"``, which no extra of this package brings.
+``serve.batch`` does not, and it measures better (``tests/benchmarks/bench_ray.py``). Needs ``pip install "ray[serve]"``,
+which no extra of this package brings.
 
     serve run dina_reward.serving.ray:build model_path=path/to/reward num_replicas=2 num_gpus=1
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from dina_reward.serving.settings import ServingConfig, read_token
@@ -65,22 +66,36 @@ def build(arguments: Mapping[str, Any]) -> Any:
         options["num_replicas"] = replicas
     if gpus == 0:
         loading.setdefault("device", "cpu")
-    replica = serve.ingress(partial(_application, loading, config))(_Replica)
-    return serve.deployment(**options)(replica).bind()
+
+    def application() -> Any:  # Ray calls functions alone; anything else it takes for the application itself
+        return _application(loading, config)
+
+    return serve.deployment(**options)(serve.ingress(application)(_Replica)).bind()
 
 
 class _Replica:
-    """A replica; its routes are the application's. It is made once the reward is loaded, so traffic comes after that."""
+    """A replica; its routes are the application's."""
 
-    def check_health(self) -> None:
-        """Raises when the reward is gone, so that Ray starts another replica."""
+    app: Any
+
+    async def check_health(self) -> None:
+        """Ends when the reward is loaded: Ray sends a replica nothing before its first check has ended.
+
+        Raises:
+            RuntimeError: it cannot be loaded.
+        """
+        service = self.app.state.service
+        while service.state == "loading":
+            await asyncio.sleep(0.02)
+        if service.state == "failed":
+            raise RuntimeError(f"the reward cannot be loaded: {service.error}")
 
 
 def _application(loading: Mapping[str, Any], config: ServingConfig) -> Any:
     from dina_reward.serving.app import create_app
     from dina_reward.serving.loading import load_served_reward
 
-    return create_app(load_served_reward(**loading), config)
+    return create_app(lambda: load_served_reward(**loading), config)
 
 
 def _sorted(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], ServingConfig]:

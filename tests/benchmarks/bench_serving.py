@@ -1,11 +1,12 @@
-"""Rows per second through a scoring server against direct calls, at 1, 16 and 64 clients; overhead and bytes per row.
+"""Rows per second through a scoring server against direct calls, at 1, 16, 32 and 64 clients; overhead and bytes per row.
 
     python tests/benchmarks/bench_serving.py
 
 The embedded world's reward, in float32. The server runs in a process of its own, the clients are threads of this one, each
 with a connection that stays open, and send one row after another as protocol version 1's client does. Server and clients
 share the cores, so what is measured is the whole of it. Direct calls and every number of clients take turns, several
-rounds of all of them: other programs on the machine disturb all alike, and ratios are of medians of one run.
+rounds of all of them: other programs on the machine disturb all alike, and ratios are of medians of one run. Core time, of
+server and clients together, does not count what other programs took.
 """
 
 from __future__ import annotations
@@ -36,16 +37,25 @@ from dina_reward.shapes import load_pipeline, load_reward, sample_prompts
 RESULTS = Path(__file__).parent / "results"
 HEADERS = {"content-type": "application/octet-stream", "x-drm-protocol-version": "1"}
 GROUP = 18
+COUNTERS = ("dina_reward_batch_rows_sum", "dina_reward_batch_rows_count", "process_cpu_seconds_total")
+BYTES_PER_ROW = {
+    "SD3.5 at 512 x 512, float32, version 1": 4 * (16 * 64 * 64 + 333 * 4096 + 2048 + 1) + 8,
+    "the same in version 2, 18 rows of a group per request": 4 * (16 * 64 * 64 + (333 * 4096 + 2048) // GROUP) + 16,
+}
 
 
 @contextlib.contextmanager
-def server(max_batch_size: int) -> Iterator[Callable[[], str]]:
-    """The command in a process of its own; gives a function that waits until it is ready and returns its address."""
+def server(*options: str) -> Iterator[Callable[[], str]]:
+    """The command in a process of its own; gives a function that waits until it is ready and returns its address.
+
+    Args:
+        options: of the command; the embedded world's reward unless they say another.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "dina_reward.cli", "serve", "--model-path", "shapes", f"--port={port}"]
-    command += [f"--max-batch-size={max_batch_size}", "--drain-seconds=0"]
+    command += ["--drain-seconds=0", *options]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
 
@@ -83,10 +93,11 @@ def rows_of(reward: LatentReward, count: int) -> tuple[torch.Tensor, list[str], 
     return latents, prompts, bodies
 
 
-def timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds that it took, and seconds of a core that this process spent."""
+    started, worked = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - worked
 
 
 def figure(url: str, name: str) -> float:
@@ -97,7 +108,7 @@ def figure(url: str, name: str) -> float:
 
 def measure(rows: int, rounds: int, clients: list[int], max_batch_size: int) -> dict[str, Any]:
     """Median seconds of every way to score the rows."""
-    with server(max_batch_size) as ready:
+    with server(f"--max-batch-size={max_batch_size}") as ready:
         reward = load_reward(pipeline=load_pipeline())
         latents, prompts, bodies = rows_of(reward, rows)
         url = ready()
@@ -128,38 +139,35 @@ def measure(rows: int, rounds: int, clients: list[int], max_batch_size: int) -> 
         for work in ways.values():
             work()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
+        cores: dict[str, list[float]] = {name: [] for name in ways}
         batches: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, work in ways.items():
-                before = [figure(url, f"dina_reward_batch_rows_{part}") for part in ("sum", "count")]
-                seconds[name].append(timed(work))
-                after = [figure(url, f"dina_reward_batch_rows_{part}") for part in ("sum", "count")]
+                before = [figure(url, counter) for counter in COUNTERS]
+                taken, worked = timed(work)
+                after = [figure(url, counter) for counter in COUNTERS]
+                seconds[name].append(taken)
+                cores[name].append(worked + (0 if name.startswith("direct") else after[2] - before[2]))
                 if after[1] > before[1]:
                     batches[name].append((after[0] - before[0]) / (after[1] - before[1]))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return summary(rows, medians, batches, len(bodies[0]), clients) | {"largest_difference_to_direct": error}
+    figures = summary(rows, medians, batches, clients)
+    figures["core_milliseconds_per_row"] = {name: 1000 * statistics.median(v) / rows for name, v in cores.items()}
+    return {**figures, "largest_difference_to_direct": error, "load_average_after": os.getloadavg()[0]}
 
 
 def summary(
-    rows: int, seconds: dict[str, float], batches: dict[str, list[float]], body: int, clients: list[int]
+    rows: int, seconds: dict[str, float], batches: dict[str, list[float]], clients: list[int]
 ) -> dict[str, Any]:
     """Rates and ratios of one run."""
     alone, together = list(seconds)[:2]
     one = f"version 1, {min(clients)} clients"
-    most = f"version 1, {max(clients)} clients"
     return {
         "rows_per_second": {name: rows / value for name, value in seconds.items()},
         "rows_per_batch": {name: statistics.mean(values) for name, values in batches.items() if values},
         "of_direct_rows_per_second": {name: seconds[together] / value for name, value in seconds.items()},
         "overhead_milliseconds_per_row_of_one_client": 1000 * (seconds[one] - seconds[alone]) / rows,
-        "batching_gain": seconds[one] / seconds[most],
-        "bytes_per_row": {
-            "version 1": body,
-            "of which latent": 8 * 8 * 8 * 4,
-            "SD3.5 at 512 x 512, float32, version 1": 4 * (16 * 64 * 64 + 333 * 4096 + 2048 + 1) + 8,
-            "the same in version 2, 18 rows of a group per request": 4 * (16 * 64 * 64 + (333 * 4096 + 2048) // GROUP)
-            + 16,
-        },
+        "gain_by_clients": {str(n): seconds[one] / seconds[f"version 1, {n} clients"] for n in clients},
     }
 
 
@@ -167,17 +175,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=72)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 32, 64])
     parser.add_argument("--max-batch-size", type=int, default=8)
     arguments = parser.parse_args()
-    machine = {
-        "device": f"{platform.machine()} cpu",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_before": os.getloadavg()[0],
-    }
-    figures = measure(arguments.rows, arguments.rounds, arguments.clients, arguments.max_batch_size)
-    report = {**vars(arguments), **machine, **figures}
+    machine = {"device": f"{platform.machine()} cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    runs = []
+    for _ in range(arguments.runs):
+        before = {"load_average_before": os.getloadavg()[0]}
+        runs.append(before | measure(arguments.rows, arguments.rounds, arguments.clients, arguments.max_batch_size))
+    report = {**vars(arguments), **machine, "bytes_per_row": BYTES_PER_ROW, "runs": runs}
     print(json.dumps(report, indent=2))
     RESULTS.mkdir(exist_ok=True)
     name = f"serving-{platform.machine().replace('_', '-')}-cpu.json"

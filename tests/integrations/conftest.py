@@ -15,6 +15,13 @@ from tests.test_reward import make_reward
 PROMPTS = ("a cat", "a dog", "a cat")
 
 
+def agree(client: str, scores: Any, direct: Tensor, most: float = 1e-5) -> None:
+    """Scores as a client got them against direct ones; `pytest -s` prints the difference."""
+    worst = float((torch.as_tensor(scores) - direct).abs().max())
+    print(f"\n{client}: differs from direct scores by at most {worst:.1e}")
+    assert worst <= most
+
+
 @pytest.fixture(scope="session")
 def reward(sd3_pipeline: Any) -> LatentReward:
     return make_reward(sd3_pipeline)

@@ -3,17 +3,22 @@
     pip install trl==0.23.1 && python tests/integrations/real_clients.py trl --epochs 10
     python tests/integrations/real_clients.py flow_grpo path/to/flow_grpo
     python tests/integrations/real_clients.py flow_factory path/to/Flow-Factory
+    pip install aiohttp && python tests/integrations/real_clients.py verl_omni path/to/verl-omni
 
+A path is that of a clone of github.com/yifan123/flow_grpo, X-GenGroup/Flow-Factory or verl-project/verl-omni.
 Prints what it finds, and ends with an error where the client's contract has changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import importlib
 import importlib.util
 import sys
 import tempfile
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,11 +65,12 @@ def run_trl(epochs: int) -> None:
         hook([images], 0, None)
         assert shown == [(1, 3, 32, 32)]
         judge("before", pipeline.sd_pipeline, reward)
-        started = time.perf_counter()
+        started = time.process_time()
         for epoch in range(epochs):
             trainer.step(epoch, epoch)
-        print(f"{epochs} epochs of 128 in {time.perf_counter() - started:.0f} s")
-        judge("after", pipeline.sd_pipeline, reward)
+            if (epoch + 1) % 10 == 0 or epoch + 1 == epochs:
+                judge(f"after {epoch + 1} epochs of 128", pipeline.sd_pipeline, reward)
+        print(f"{epochs} epochs in {time.process_time() - started:.0f} s of a core")
 
 
 @torch.no_grad()
@@ -144,6 +150,69 @@ def run_flow_factory(checkout: Path) -> None:
     print(f"pictures alone, as in evaluations: correlation with the scores of their latents {correlation:.3f}")
 
 
+def run_verl_omni(checkout: Path) -> None:
+    """verl-omni's own HTTP client, 18 samples of a group at once, against `dina-reward serve` in a process of its own."""
+    for package in ("verl_omni", "verl_omni.utils", "verl_omni.utils.reward_score", "verl_omni.pipelines"):
+        sys.modules[package] = types.ModuleType(package)  # theirs import the trainer
+        sys.modules[package].__path__ = [str(checkout.joinpath(*package.split(".")))]
+    client = importlib.import_module("verl_omni.utils.reward_score.latent_http_scorer_client")
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.test_reward import make_reward
+    from tests.tiny_models import tiny_sd3_pipeline
+
+    shapes = LatentReward.from_pretrained("shapes", pipeline=load_pipeline())
+    with tempfile.TemporaryDirectory() as directory:
+        tiny = make_reward(tiny_sd3_pipeline())
+        tiny.save_pretrained(f"{directory}/reward")
+        tiny.prompt_encoder.pipeline.save_pretrained(f"{directory}/pipeline")
+        _serve_verl_omni(client, shapes, [], "pictures and latents, as of output_type both")
+        own = [f"--model-path={directory}/reward", f"--base-model-path={directory}/pipeline"]
+        _serve_verl_omni(client, tiny, own, "16-channel latents alone, as of output_type latent")
+
+
+def _serve_verl_omni(client: Any, reward: LatentReward, options: list[str], what: str) -> None:
+    from tests.benchmarks.bench_serving import figure, server
+
+    channels = reward.family.latent_channels(reward.config.backbone_config)
+    latents = torch.randn(18, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = sample_prompts(1, "held_out", seed=0) * 18
+    encoded = reward.encode_prompts(prompts[:1])[0]
+    embeddings = {name: getattr(encoded, name)[0] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+    pictures = channels != 16
+
+    with server("--dtype=float32", "--max-batch-size=8", "--max-wait-ms=10", *options) as ready:
+        url = ready()
+
+        async def score(latent: torch.Tensor) -> dict[str, float]:
+            extra = {**embeddings, "latents_clean": latent} if pictures else embeddings
+            image = torch.zeros(3, 32, 32, dtype=torch.uint8) if pictures else latent
+            scale = {"score_scale": 0.1, "score_bias": 1.0}
+            return dict(await client.compute_score(image, prompts[0], extra, f"{url}/v1/score", **scale))
+
+        async def group() -> list[dict[str, float]]:
+            try:
+                return await asyncio.gather(*(score(latent) for latent in latents))
+            finally:
+                await (await client._session()).close()
+
+        asyncio.run(group())
+        started = time.perf_counter()
+        results = asyncio.run(group())
+        seconds = time.perf_counter() - started
+        misses = figure(url, "dina_reward_prompt_cache_misses_total")
+    raw = torch.tensor([result["drm_raw_score"] for result in results])
+    direct = reward(latents, prompts, seed=[0] * 18, noise_level=0.4)
+    worst = float((raw - direct).abs().max())
+    print(
+        f"{what}: 18 at once in {seconds:.2f} s; differ from direct scores by at most {worst:.1e}, largest score ",
+        end="",
+    )
+    print(f"{float(direct.abs().max()):.1f}; prompts brought to the device: {misses:.0f}")
+    assert worst <= 1e-5
+    assert misses == 1
+    assert torch.allclose(torch.tensor([result["score"] for result in results]), 0.1 * raw + 1)
+
+
 def flow_samples() -> tuple[LatentReward, list[str], torch.Tensor, torch.Tensor]:
     """The flow world's reward, and 16 samples as latents and pictures."""
     pipe = load_pipeline()
@@ -155,7 +224,7 @@ def flow_samples() -> tuple[LatentReward, list[str], torch.Tensor, torch.Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the clients' own code with the reward.")
-    parser.add_argument("client", choices=["trl", "flow_grpo", "flow_factory"])
+    parser.add_argument("client", choices=["trl", "flow_grpo", "flow_factory", "verl_omni"])
     parser.add_argument("checkout", type=Path, nargs="?", help="the client's repository; TRL is installed instead")
     parser.add_argument("--epochs", type=int, default=10, help="of TRL's DDPOTrainer")
     arguments = parser.parse_args()
@@ -164,6 +233,7 @@ def main() -> None:
         trl=lambda: run_trl(arguments.epochs),
         flow_grpo=lambda: run_flow_grpo(arguments.checkout),
         flow_factory=lambda: run_flow_factory(arguments.checkout),
+        verl_omni=lambda: run_verl_omni(arguments.checkout),
     )
     getattr(runs, arguments.client)()
 

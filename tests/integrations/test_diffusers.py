@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dina_reward import LatentReward
 from dina_reward.integrations import ScoreCallback, prompt_seeds
+from tests.integrations.conftest import agree
 from tests.test_reward import make_reward
 from tests.tiny_models import tiny_sd3_pipeline
 
@@ -39,7 +40,7 @@ def test_states_are_scored_at_the_next_timestep(sd3_pipeline: Any, reward: Laten
     for step in range(3):
         at = sd3_pipeline.scheduler.timesteps[step + 1]
         expected = reward.score_noisy(states[step], PROMPTS, timesteps=at)
-        assert torch.allclose(scores.history[step], expected, atol=1e-5)
+        agree("diffusers, callback", scores.history[step], expected)
     assert torch.allclose(scores.history[3], reward(final, PROMPTS, seed=prompt_seeds(PROMPTS)), atol=1e-5)
 
 
@@ -73,6 +74,6 @@ def test_modules_without_a_pipeline(tmp_path: Path) -> None:
         PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=16
     )
     scores = alone(latents, prompt_embeds=embeds, pooled_prompt_embeds=pooled, seed=0)
-    assert torch.allclose(scores, reward(latents, PROMPTS, seed=0), atol=1e-5)
+    agree("diffusers, modules", scores, reward(latents, PROMPTS, seed=0))
     with pytest.raises(ValueError, match="this reward has no text encoders"):
         alone(latents, PROMPTS, seed=0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dina_reward import LatentReward
-from tests.integrations.conftest import PROMPTS
+from tests.integrations.conftest import PROMPTS, agree
 
 
 STEPS = 4
@@ -75,7 +75,7 @@ def samples(latents: Tensor, stored: list[int], image: Tensor | None = None) -> 
 
 @pytest.mark.parametrize("stored", [[0, 1, 2, 3, 4], [2, 4]])
 def test_the_final_state_is_found(model: Any, latents: Tensor, direct: Tensor, stored: list[int]) -> None:
-    assert torch.allclose(process(model, samples(latents, stored)), direct, atol=1e-5)
+    agree("Flow-Factory", process(model, samples(latents, stored)), direct)
 
 
 def test_a_window_without_the_final_state_is_scored_at_its_level(

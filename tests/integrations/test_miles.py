@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dina_reward import LatentReward
 from dina_reward.integrations import batched_reward
-from tests.integrations.conftest import PROMPTS
+from tests.integrations.conftest import PROMPTS, agree
 
 
 def test_scores_of_samples(reward: LatentReward, latents: Tensor, direct: Tensor) -> None:
@@ -23,7 +23,7 @@ def test_scores_of_samples(reward: LatentReward, latents: Tensor, direct: Tensor
     ]
     scores = asyncio.run(batched_reward(reward)(None, samples, rollout_id=3))
     assert all(isinstance(score, float) for score in scores)
-    assert scores == pytest.approx(direct.tolist(), abs=1e-5)
+    agree("miles_diffusion", scores, direct)
 
 
 def test_samples_without_a_trajectory(reward: LatentReward) -> None:

@@ -84,3 +84,14 @@ def test_pixels_without_an_autoencoder_are_refused(reward: LatentReward) -> None
     with pytest.raises(ValueError, match="these are pixels, and the reward has no autoencoder"):
         as_tuple_reward(plain)(torch.rand(2, 3, 8, 8), PROMPTS[:2])
     assert as_tuple_reward(plain)(torch.ones(2, 4, 8, 8), PROMPTS[:2])[0].tolist() == [1, 1]
+
+
+def test_an_integer_seeds_a_single_row_as_a_list_does(reward: LatentReward, latents: Tensor) -> None:
+    assert torch.equal(reward(latents[:1], "a cat", seed=5), reward(latents[:1], "a cat", seed=[5]))
+
+
+def test_a_reward_says_what_it_is(reward: LatentReward) -> None:
+    assert repr(reward) == (
+        "LatentReward(family='sd3', backbone=None, 2 of 3 blocks, read after 1, 2; with a backbone of its own, "
+        "torch.float32 on cpu, noise_level=0.4, inference)"
+    )

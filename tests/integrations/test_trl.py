@@ -5,12 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dina_reward import LatentReward
 from dina_reward.integrations import LatentOutput, as_trl_reward, decoded
-from tests.integrations.conftest import PROMPTS
+from tests.integrations.conftest import PROMPTS, agree
 
 
 class Wrapper:
@@ -37,7 +36,7 @@ def test_ddpo_gets_latents_scores_and_pictures_for_its_hook(
     policy, shown = Policy(sd3_pipeline, latents), []
     images = policy(prompt_embeds=None, output_type="pt").images
     rewards, extra = as_trl_reward(reward)(images, PROMPTS, ({}, {}, {}))
-    assert torch.equal(torch.as_tensor(rewards), direct)
+    agree("TRL, DDPOTrainer", rewards, direct, 0)
     hook = decoded(policy, lambda data, step, tracker: shown.append((data, step, tracker)))
     hook([[images, PROMPTS, ({}, {}, {}), rewards, extra]], 7, "tracker")
     ((pictures, prompts, _, shown_rewards, _),) = shown[0][0]
@@ -52,7 +51,7 @@ def test_alignprop_backpropagates_through_the_score(
     policy, shown = Policy(sd3_pipeline, latents.requires_grad_()), []
     data = {"images": policy.rgb_with_grad(output_type="pt").images, "prompts": PROMPTS, "prompt_metadata": ({},) * 3}
     rewards, _ = as_trl_reward(reward, differentiable=True)(data["images"], data["prompts"], data["prompt_metadata"])
-    assert torch.allclose(rewards.detach(), direct, atol=1e-6)
+    agree("TRL, AlignPropTrainer", rewards.detach(), direct, 1e-6)
     (10.0 - rewards.mean()).backward()
     assert latents.grad is not None
     assert latents.grad.abs().sum() > 0

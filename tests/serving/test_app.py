@@ -285,6 +285,7 @@ def test_metrics_add_up(reward: LatentReward) -> None:
         assert server.metric("dina_reward_queue_rows") == 0
         assert server.metric("dina_reward_held_bytes") == 0
         assert server.metric("dina_reward_model_info", family="sd3") == 1
+        assert server.metric("process_cpu_seconds_total") > 0
 
 
 def test_an_unforeseen_error_is_500_and_the_server_goes_on(

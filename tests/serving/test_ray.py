@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import os
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from dina_reward import LatentReward, RemoteReward
-from dina_reward.serving import ServingConfig
+from dina_reward.serving import ServingConfig, create_app, load_served_reward
 from dina_reward.serving import ray as on_ray
 from dina_reward.shapes import weights_dir
+from tests.serving.raw import post, read_v1, v1_body
+from tests.serving.test_server import free_port
 
 
 class Recorded:
@@ -40,14 +45,16 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     return stand_in
 
 
-def test_arguments_come_as_texts_and_go_where_they_belong(recorded: Recorded) -> None:
+def test_arguments_come_as_texts_and_go_where_they_belong(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     on_ray.build({"model_path": "m", "num_replicas": "2", "num_gpus": "0", "max_batch_size": "16", "max_wait_ms": "5"})
     assert recorded.options["num_replicas"] == 2
     assert recorded.options["ray_actor_options"] == {"num_gpus": 0, "num_cpus": 1}
     assert recorded.options["max_ongoing_requests"] >= 2 * 16
-    loading, config = recorded.application.args
-    assert loading == {"model_path": "m", "device": "cpu"}
-    assert config == ServingConfig(max_batch_size=16, max_wait_ms=5.0)
+    assert inspect.isfunction(recorded.application)  # what Ray asks for
+    made: list[Any] = []
+    monkeypatch.setattr(on_ray, "_application", lambda *arguments: made.extend(arguments))
+    recorded.application()
+    assert made == [{"model_path": "m", "device": "cpu"}, ServingConfig(max_batch_size=16, max_wait_ms=5.0)]
 
 
 def test_the_number_of_replicas_may_follow_the_load(recorded: Recorded) -> None:
@@ -66,12 +73,26 @@ def test_unknown_arguments_are_refused(recorded: Recorded, arguments: dict[str, 
         on_ray.build(arguments)
 
 
+def test_a_replica_is_healthy_once_its_reward_is_loaded(reward: LatentReward) -> None:
+    async def checked(load: Any) -> None:
+        replica = on_ray._Replica()
+        replica.app = create_app(load)
+        async with replica.app.state.service.running():
+            await replica.check_health()
+            assert replica.app.state.service.state == "ready"
+
+    asyncio.run(checked(lambda: reward))
+    with pytest.raises(RuntimeError, match="cannot be loaded: there is no device 'npu:3'"):
+        asyncio.run(checked(partial(load_served_reward, str(weights_dir("flow-reward")), device="npu:3")))
+
+
+@pytest.mark.timeout(900)  # a busy machine takes minutes to start Ray and two replicas
 @pytest.mark.skipif("DINA_REWARD_TEST_RAY" not in os.environ, reason="needs ray[serve], and DINA_REWARD_TEST_RAY=1")
 def test_two_replicas_score_as_the_reward_itself(reward: LatentReward) -> None:
     import ray
     from ray import serve
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
     try:
         arguments = {
             "model_path": str(weights_dir("flow-reward")),
@@ -79,16 +100,23 @@ def test_two_replicas_score_as_the_reward_itself(reward: LatentReward) -> None:
             "num_gpus": 0,
             "num_cpus": 0.5,
         }
-        serve.start(http_options={"host": "127.0.0.1", "port": 8642})
+        port = free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(on_ray.build(arguments), route_prefix="/")
+        url = f"http://127.0.0.1:{port}"
         latents = torch.randn(24, 8, 8, 8, generator=torch.Generator().manual_seed(0))
-        remote = RemoteReward("http://127.0.0.1:8642", batch_size=2)
-        scores = remote(latents, "a large red circle on a white background", seed=0)
-        expected = reward(latents, "a large red circle on a white background", seed=0)
-        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
-        with ThreadPoolExecutor(8) as clients:
-            again = list(clients.map(lambda _: remote(latents[:2], "a small blue square", seed=0), range(16)))
-        assert all(torch.allclose(each, again[0], atol=1e-5) for each in again)
+        prompts = ["a large red circle on a white background"] * 24
+        remote = RemoteReward(url, batch_size=8)
+        expected = reward(latents, prompts, seed=0, batch_size=8)
+        assert torch.equal(remote(latents, prompts, seed=0), expected)  # equal batches, equal bits
+        bodies = [v1_body(reward, latent, prompts[0], seed=row) for row, latent in enumerate(latents)]
+        with ThreadPoolExecutor(24) as clients:
+            replies = list(clients.map(partial(post, url), bodies))
+        scores = torch.tensor([read_v1(reply.status, reply.headers, reply.data) for reply in replies])
+        expected = reward(latents, prompts, seed=list(range(24)), noise_level=0.4)
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-6)
+        (status,) = serve.status().applications["default"].deployments.values()
+        assert status.replica_states == {"RUNNING": 2}
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -13,6 +13,7 @@ from torch import Tensor
 from dina_reward import LatentReward, RemoteReward
 from dina_reward.serving import RemoteRewardError
 from dina_reward.serving.requests import OPTIONS_KEY
+from dina_reward.serving.settings import TOKEN_VARIABLE
 from tests.serving.conftest import PROMPTS, Running, running
 
 
@@ -192,6 +193,19 @@ def test_wrong_calls_are_errors_here(  # before anything is sent
 def test_wrong_addresses(url: str) -> None:
     with pytest.raises(ValueError, match="address"):
         RemoteReward(url)
+
+
+def test_the_token_is_given_or_in_the_environment(
+    reward: LatentReward, latents: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    expected = reward(latents, PROMPTS[0], seed=3)
+    with running(reward, token="s3cret") as server:
+        assert torch.equal(RemoteReward(server.url, token="s3cret")(latents, PROMPTS[0], seed=3), expected)
+        with pytest.raises(RemoteRewardError, match="401: not_authorised"):
+            RemoteReward(server.url)(latents, PROMPTS[0], seed=3)
+        monkeypatch.setenv(TOKEN_VARIABLE, "s3cret")
+        assert torch.equal(RemoteReward(server.url)(latents, PROMPTS[0], seed=3), expected)
 
 
 def test_two_servers_share_the_rows(
