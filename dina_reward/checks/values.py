@@ -11,6 +11,7 @@ import operator
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import fields
 from enum import Enum
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -41,6 +42,12 @@ def fits(value: Any, hint: Any) -> bool:
     return right and not (isinstance(value, float) and not math.isfinite(value))
 
 
+@cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    """Annotations of a class, which take longer to read than its fields take to check."""
+    return get_type_hints(cls)
+
+
 def check_fields(config: Any, *, beside: type | None = None, **ranges: Range) -> None:
     """Checks every field of a dataclass against its annotation, and numbers against closed ranges.
 
@@ -52,7 +59,7 @@ def check_fields(config: Any, *, beside: type | None = None, **ranges: Range) ->
     Raises:
         ValueError: naming the field, its value and what is expected.
     """
-    hints = get_type_hints(type(config))
+    hints = _hints_of(type(config))
     left_out = () if beside is None else {f.name for f in fields(beside)}
     for name in (f.name for f in fields(config) if f.name not in left_out):
         value, hint = getattr(config, name), hints[name]

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class ScoreRequest:
         count = self.default_levels if level is None else len(level) if isinstance(level, tuple) else 1
         return 1 if self.levels is not None or self.noisy else count * self.options.num_noise_samples
 
-    @property
+    @cached_property
     def key(self) -> tuple[Any, ...]:
         """Requests with equal keys can be scored together."""
         embedding = next(iter(self.embedded.values())).prompt_embeds if self.embedded else None
