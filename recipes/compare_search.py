@@ -302,14 +302,22 @@ def _draw_methods(
             figures = [found for run in runs if (found := figures_of(run, method, budget)) is not None]
             x = budget if over == "denoiser_calls" else mean(found[over] for found in figures) if figures else 0
             points += [(x, mean(found["fit"] for found in figures))] if len(figures) == len(runs) else []
-        colour = f"C{order.index(method)}" if method in order else None
-        style = {"color": "black", "linewidth": 2.2} if method == BASELINE else {"color": colour, "linewidth": 1.3}
-        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **style)
+        if not points:
+            continue
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method, **_style(method, order))
     panel.set(title=name, xlabel=f"{over.replace('_', ' ')} per prompt", ylabel="oracle fit", xscale="log")
     if over == "denoiser_calls":
         panel.set(xlabel="denoiser calls (samples)")
         panel.set_xticks([1, *budgets], [str(budget) for budget in (1, *budgets)])
     panel.grid(alpha=0.3)
+
+
+def _style(method: str, order: Sequence[str]) -> dict[str, Any]:
+    if method == BASELINE:
+        return {"color": "black", "linewidth": 2.2}
+    if method in order:
+        return {"color": f"C{order.index(method)}", "linewidth": 1.3}
+    return {"color": "0.55", "linewidth": 1.3, "linestyle": "--" if BASELINE in method else ":"}  # the pixel reward's
 
 
 def _draw_pool(panel: Any, name: str, runs: Sequence[dict[str, Any]]) -> None:
