@@ -136,7 +136,8 @@ class PromptEncoder:
         if device is not None:
             given = {prompt: row.to(device) for prompt, row in given.items()}
         unique = [prompt for prompt in order if prompt not in given]
-        self._forget_if_encoders_changed()
+        if unique:  # to look at the encoders reads from the device
+            self._forget_if_encoders_changed()
         rows = {prompt: self._cache[prompt] for prompt in unique if prompt in self._cache}
         missing = [prompt for prompt in unique if prompt not in rows]
         if missing and self.pipeline is None:
