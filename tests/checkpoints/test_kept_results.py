@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dina_reward.recipes.kept_results import identity, read_result, write_result
+from dina_reward.checkpoints.kept_results import identity, read_result, write_result
 
 
 def test_a_result_is_kept_for_the_same_settings_and_content(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_children_end_with_their_parent(tmp_path: Path, killed_by: signal.Signal
     script = textwrap.dedent(
         f"""
         import os, sys
-        from dina_reward.recipes.kept_results import start_child
+        from dina_reward.checkpoints.kept_results import start_child
         with open({str(tmp_path / "log")!r}, "wb") as log:
             child = start_child([sys.executable, "-c", "import time; time.sleep(100)"], log, os.environ)
             print(child.pid, flush=True)
