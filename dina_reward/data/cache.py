@@ -143,9 +143,9 @@ def build_cache(
         What the cache holds.
 
     Raises:
-        ValueError: the directory holds a cache of something else, or another run is writing into it; a bucket does not fit the
-            pipeline, too many pairs are broken, or an encoding is not finite. What is broken stays left out when the call is
-            repeated; after a repair of the dataset, start in an empty directory.
+        ValueError: the directory holds a cache of something else, or another run is writing into it; a bucket does not fit
+            the pipeline, too many pairs are broken, or an encoding is not finite. What is broken stays left out when the
+            call is repeated; after a repair of the dataset, start in an empty directory.
     """
     run = _Run(preferences, pipeline, Path(directory), settings or CacheSettings(), max_broken, progress)
     with run.alone(), ThreadPoolExecutor(max(1, workers)) as pool:
