@@ -8,7 +8,7 @@ is caught if a mirrored test fails, or computes far longer than without the chan
 Tests that fail without any change would catch everything, so each is first run so, and once more at the end in the order
 that was used. Mutants that no input can tell from the original are named in `equivalent.json` with the reason; the report
 names them too, and they count neither way. The report is written after every mutant: a run that is cut short leaves the
-score of what it tried. Runs on Linux and macOS.
+score of what it tried, and the same command goes on with the rest of the sample. Runs on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -160,8 +160,14 @@ def main() -> None:
         mutants = named(mutants, set(earlier["survivors"]) - set(reasons), arguments.again)
     if arguments.file:
         mutants = [mutant for mutant in mutants if mutant.file in arguments.file]
-    if arguments.again is None and 0 < arguments.sample < len(mutants):
-        mutants = drawn(mutants, arguments.sample, arguments.seed)
+    if arguments.again is None:
+        if 0 < arguments.sample < len(mutants):
+            mutants = drawn(mutants, arguments.sample, arguments.seed)
+        if arguments.output.is_file():
+            earlier = json.loads(arguments.output.read_text(encoding="utf-8"))
+            if earlier["drawn"] != len(mutants):
+                raise SystemExit(f"{arguments.output} is of another sample; name another file")
+            mutants = mutants[earlier["tried"] :]
     for name in WARM:
         importlib.import_module(name)
     report = Report(len(mutants), reasons, earlier)
