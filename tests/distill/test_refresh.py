@@ -181,7 +181,7 @@ def test_a_full_disk_inside_a_refresh_loses_nothing(
     fsync, down = atomic._fsync, []
 
     def full(path: Path) -> None:
-        if down or ("round-002" in str(path) and full_at in str(path)):
+        if down or ("round-001" in str(path) and full_at in str(path)):
             down.append(path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         fsync(path)
