@@ -32,14 +32,15 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from dina_reward.recipes.kept_results import identity, read_result, start_child, write_result, write_whole
+from dina_reward.checkpoints.kept_results import identity, read_result, write_result, write_whole
+from dina_reward.checkpoints.locking import sole_owner
+from dina_reward.checks.children import in_parallel, run_child
+from dina_reward.recipes.arguments import faults_in_one_line
 from dina_reward.shapes.ablation import (
     BATCH_SIZE,
     ITERATIONS,
@@ -213,7 +214,7 @@ def launch(name: str, seed: int, arguments: argparse.Namespace) -> None:
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     with open(directory / "log.txt", "w", encoding="utf-8") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        code = start_child(command, log, environment).wait()
+        code, _ = run_child(command, log, environment)
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see {directory / 'log.txt'}")
     write_result(request, settings, {})
@@ -230,18 +231,19 @@ def main() -> None:
     )
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="alignment iterations with each reward")
     arguments = parser.parse_args()
+    faults_in_one_line()
+    with sole_owner(arguments.output):
+        ablate(arguments)
+
+
+def ablate(arguments: argparse.Namespace) -> None:
+    """All runs and tables."""
     started, names = time.perf_counter(), arguments.only or list(VARIANTS)
     kept = any(arguments.output.glob(f"*/seed-*/{RESULT_NAME}"))
     print(f"runs and tables: {arguments.output}")
     make_pairs(arguments.output / "pairs")
     places = [(name, seed) for seed in arguments.seeds for name in names]
-    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(places), desc="runs") as progress:
-        futures = []
-        for name, seed in places:
-            futures.append(pool.submit(launch, name, seed, arguments))
-            futures[-1].add_done_callback(lambda _: progress.update())
-        for future in futures:
-            future.result()
+    in_parallel([partial(launch, name, seed, arguments) for name, seed in places], arguments.jobs, "runs")
     runs = {
         name: [
             json.loads((arguments.output / name / f"seed-{seed}" / RESULT_NAME).read_text())

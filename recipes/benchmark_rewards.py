@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from dina_reward.checkpoints.kept_results import identity, read_result, write_result, write_whole
+from dina_reward.checkpoints.locking import sole_owner
 from dina_reward.recipes.arguments import parse_command_line
-from dina_reward.recipes.kept_results import identity, read_result, write_result, write_whole
 
 
 @dataclass
@@ -71,6 +72,12 @@ class BenchmarkArguments:
 
 def main(arguments: BenchmarkArguments) -> None:
     """Evaluates what is missing and writes the table."""
+    with sole_owner(Path(arguments.output_dir)):
+        benchmark(arguments)
+
+
+def benchmark(arguments: BenchmarkArguments) -> None:
+    """What `main` does, in a directory that nothing else writes into."""
     from dina_reward.cli.eval_run import EvalRequest, load_entrants, run_evaluation, write_evaluation
     from dina_reward.evaluation import benchmark_rows, benchmark_table
 

@@ -18,16 +18,18 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev, variance
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from dina_reward.recipes.kept_results import identity, read_result, start_child, write_result, write_whole
+from dina_reward.checkpoints.kept_results import identity, read_result, write_result, write_whole
+from dina_reward.checkpoints.locking import sole_owner
+from dina_reward.checks.children import in_parallel, run_child
+from dina_reward.recipes.arguments import faults_in_one_line
 
 
 RECIPES = Path(__file__).parent
@@ -118,11 +120,9 @@ def run(entry: Entry, seed: int, budget: Budget, directory: Path, threads: int) 
         command += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(directory / "log.txt", "w", encoding="utf-8") as log:
-        process = start_child(command, log, environment)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}; see {directory / 'log.txt'}")
+        code, usage = run_child(command, log, environment)
+    if code:
+        raise RuntimeError(f"{' '.join(command)} ended with {code}; see {directory / 'log.txt'}")
     costs = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_memory_mb": usage.ru_maxrss / 1024}
     write_result(result_file, settings, {**summary(directory, budget.denoiser_calls), **costs})
 
@@ -322,13 +322,10 @@ def run_all(names: Sequence[str], seeds: Sequence[int], budget: Budget, output: 
         for seed in seeds
         for name in names
     }
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(places), desc="runs") as progress:
-        futures = []
-        for (name, seed), directory in places.items():
-            futures.append(pool.submit(run, ENTRIES[name], seed, budget, directory, threads))
-            futures[-1].add_done_callback(lambda _: progress.update())
-        for future in futures:
-            future.result()
+    runs = [
+        partial(run, ENTRIES[name], seed, budget, directory, threads) for (name, seed), directory in places.items()
+    ]
+    in_parallel(runs, jobs, "runs")
     return {name: [json.loads((places[name, seed] / "result.json").read_text()) for seed in seeds] for name in names}
 
 
@@ -365,10 +362,12 @@ def main() -> None:
     parser.add_argument("--marks", type=int, default=5, help="evaluations in it, after the one at the start")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), help="run these algorithms alone")
     arguments = parser.parse_args()
+    faults_in_one_line()
     budget = Budget(arguments.denoiser_calls, arguments.marks)
     print(f"runs and table: {arguments.output}")
-    results = run_all(arguments.only or list(ENTRIES), arguments.seeds, budget, arguments.output, arguments.jobs)
-    print(write_report(results, budget, arguments.jobs, arguments.output))
+    with sole_owner(arguments.output):
+        results = run_all(arguments.only or list(ENTRIES), arguments.seeds, budget, arguments.output, arguments.jobs)
+        print(write_report(results, budget, arguments.jobs, arguments.output))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from dina_reward.checkpoints.locking import sole_owner
+from dina_reward.recipes.arguments import faults_in_one_line
 from dina_reward.shapes.alignment import ITERATIONS
 from dina_reward.shapes.jobs import RESULT_NAME, Job, run_jobs, threads_per_job
 from dina_reward.shapes.pixel_comparison import CELLS, KINDS, OVERALL
@@ -261,6 +263,13 @@ def main() -> None:
         help="output of `python -m dina_reward.shapes.build`, whose preferences are taken as they are",
     )
     arguments = parser.parse_args()
+    faults_in_one_line()
+    with sole_owner(arguments.output):
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """All jobs and tables."""
     print(f"jobs and tables: {arguments.output}")
     for batch in jobs_of(arguments):
         run_jobs(batch, arguments.jobs)

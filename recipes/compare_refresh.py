@@ -19,16 +19,17 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from dina_reward.alignment.monitoring.hacking import PromptScores, find_reward_hacking
-from dina_reward.recipes.kept_results import identity, read_result, start_child, write_result, write_whole
+from dina_reward.checkpoints.kept_results import identity, read_result, write_result, write_whole
+from dina_reward.checkpoints.locking import sole_owner
+from dina_reward.checks.children import in_parallel, run_child
+from dina_reward.recipes.arguments import faults_in_one_line
 
 
 RECIPES = Path(__file__).parent
@@ -117,7 +118,7 @@ def launch(recipe: str, config: str, options: Mapping[str, Any], directory: Path
     for name, value in options.items():
         command += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     with open(directory / "log.txt", "w", encoding="utf-8") as log:
-        code = start_child(command, log, {**os.environ, "OMP_NUM_THREADS": str(threads)}).wait()
+        code, _ = run_child(command, log, {**os.environ, "OMP_NUM_THREADS": str(threads)})
     if code:
         raise RuntimeError(f"{' '.join(command)} ended with {code}; see {directory / 'log.txt'}")
     result = {"curve": curve(directory)} if (directory / "evaluation_history.jsonl").is_file() else {}
@@ -311,11 +312,10 @@ def compare(names: Sequence[str], seeds: Sequence[int], plan: Plan, output: Path
     if any(ENTRIES[name].overrides.get("reward_model_path") == "ENSEMBLE" for name in names):
         train_ensemble(plan, output, threads)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(names) * len(seeds), desc="runs") as progress:
-        futures = [(name, pool.submit(run, name, seed, plan, output, threads)) for seed in seeds for name in names]
-        for name, future in futures:
-            results[name].append(future.result())
-            progress.update()
+    places = [(name, seed) for seed in seeds for name in names]
+    runs = in_parallel([partial(run, name, seed, plan, output, threads) for name, seed in places], jobs, "runs")
+    for (name, _), result in zip(places, runs, strict=True):
+        results[name].append(result)
     taste = new_taste(plan, seeds, output, threads)
     rows = [row(name, runs, each) for name, runs in results.items()]
     alarm = operating_curve(results)
@@ -361,7 +361,9 @@ def main() -> None:
         small |= {"refresh_budget": 24, "refresh_audit_budget": 16, "refresh_steps": 2, "num_generations": 6}
         plan = Plan(4, 2, 2, train_steps=4, distill_steps=4, budget=80, extra={**small, "num_inference_steps": 3})
     settings = (arguments.seeds, plan, arguments.output, arguments.jobs, arguments.seconds_per_judgement)
-    compare(arguments.entries, *settings)
+    faults_in_one_line()
+    with sole_owner(arguments.output):
+        compare(arguments.entries, *settings)
 
 
 if __name__ == "__main__":

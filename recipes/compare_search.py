@@ -24,7 +24,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dina_reward.recipes.kept_results import write_whole
+from dina_reward.checkpoints.kept_results import write_whole
+from dina_reward.checkpoints.locking import sole_owner
+from dina_reward.recipes.arguments import faults_in_one_line
 from dina_reward.shapes.jobs import RESULT_NAME, Job, run_jobs
 from dina_reward.shapes.search_comparison import BUDGETS, DEAR, EARLY, GENERATORS, METHODS, STEPS
 
@@ -352,6 +354,13 @@ def main(words: Sequence[str] | None = None) -> None:
     least = max(EARLY_OF, *arguments.budgets)
     if arguments.pool < least:
         raise SystemExit(f"--pool must be at least {least}, because best-of-N is read from it")
+    faults_in_one_line()
+    with sole_owner(arguments.output):
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """All jobs and tables."""
     print(f"jobs and tables: {arguments.output}")
     for batch in jobs_of(arguments):
         run_jobs(batch, arguments.jobs)

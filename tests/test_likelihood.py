@@ -206,6 +206,7 @@ def test_half_precision_scores_are_compared_in_float32() -> None:
         (lambda: ThurstoneModel(variance_scale=-1.0), "variance_scale >= 0"),
         (lambda: ThurstoneModel(variance_offset=0.0), "variance_offset > 0"),
         (lambda: PreferenceLoss()(torch.zeros(3, 1), torch.zeros(3), torch.zeros(3)), r"got \(3, 1\) and \(3,\)"),
+        (lambda: PreferenceLoss()(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3)), r"got \(3, 1\) and \(3, 1\)"),
         (
             lambda: PreferenceLoss()(torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.ones(2)),
             r"target must have one value per pair, shape \(3,\), got \(2,\)",
@@ -303,6 +304,7 @@ def test_the_margin_is_divided_by_what_the_formula_says() -> None:
         ("weight", torch.tensor([1.0, 1.0, -1.0]), r"weight must be finite and lie in \[0, inf\], got -1 at \[2\]"),
         ("weight", torch.tensor([1.0]), r"weight must have one value per pair, shape \(3,\), got \(1,\)"),
         ("score_chosen", torch.full((3,), math.inf), "scores must be finite, got inf"),
+        ("score_chosen", torch.ones(1), r"both have shape \(pairs,\), got \(1,\) and \(3,\)"),
     ],
 )
 @pytest.mark.parametrize("name", get_args(PreferenceLossName)[:3])

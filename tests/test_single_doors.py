@@ -23,7 +23,7 @@ READERS = {
     "checkpoints/published.py": "tensors of a pickled head, with weights_only, any error of which is ours",
     "backbones/structures.py": "files of the package itself",
     "training/run_settings.py": "a copy of values through JSON",
-    "recipes/kept_results.py": "a copy of values through JSON",
+    "checkpoints/kept_results.py": "a copy of values through JSON",
     "recipes/arguments.py": "the strict reading of a configuration",
     "alignment/policy_weights.py": "a configuration that diffusers has just written as text",
 }

@@ -59,7 +59,8 @@ def check_fields(config: Any, *, beside: type | None = None, **ranges: Range) ->
     Raises:
         ValueError: naming the field, its value and what is expected.
     """
-    hints = _hints_of(type(config))
+    cls: type = type(config)
+    hints = _hints_of(cls)
     left_out = () if beside is None else {f.name for f in fields(beside)}
     for name in (f.name for f in fields(config) if f.name not in left_out):
         value, hint = getattr(config, name), hints[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dina_reward.checkpoints.locking import sole_owner
 from dina_reward.cli.options import (
     BatchSizeOption,
     DeviceOption,
@@ -158,7 +160,8 @@ def evaluate(
         device=device,
         dtype=dtype.value,
     )
-    _report(run_evaluation(request), output, as_json)
+    with contextlib.nullcontext() if output is None else sole_owner(output):
+        _report(run_evaluation(request), output, as_json)
 
 
 def _check_options(tie_threshold: float | None, output: Path | None) -> None:

@@ -21,6 +21,7 @@ latents of a file have one size.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -35,6 +36,7 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
+from dina_reward.checkpoints.locking import sole_owner
 from dina_reward.data.arrow_files import STORED_DTYPES, write_arrow
 from dina_reward.data.broken import BrokenRows
 from dina_reward.data.cache_encode import ShardEncoder, has_text_encoders, latent_shape, shard_tasks
@@ -53,7 +55,9 @@ from dina_reward.data.cache_manifest import (
     CacheSettings,
     begin_manifest,
     dataset_fingerprint,
+    is_cache,
     pipeline_fingerprint,
+    read_manifest,
     write_manifest,
 )
 from dina_reward.families import family_of
@@ -139,13 +143,13 @@ def build_cache(
         What the cache holds.
 
     Raises:
-        ValueError: the directory holds a cache of something else, a bucket does not fit the pipeline, too many pairs are
-            broken, or an encoding is not finite. What is broken stays left out when the call is repeated; after a
-            repair of the dataset, start in an empty directory.
+        ValueError: the directory holds a cache of something else, or another run is writing into it; a bucket does not fit
+            the pipeline, too many pairs are broken, or an encoding is not finite. What is broken stays left out when the
+            call is repeated; after a repair of the dataset, start in an empty directory.
     """
     run = _Run(preferences, pipeline, Path(directory), settings or CacheSettings(), max_broken, progress)
-    manifest = run.begin()
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with run.alone(), ThreadPoolExecutor(max(1, workers)) as pool:
+        manifest = run.begin()
         index = run.index(pool)
         plan = make_plan(index, run.settings.rule, max_broken)
         report = run.report(plan)
@@ -154,12 +158,12 @@ def build_cache(
         if dry_run:
             return report
         run.encode(plan, pool)
-    if run.is_main and not manifest["complete"]:
-        _write_pairs(run.directory / PAIRS_NAME, index, plan)
-        held = {name: value for name, value in asdict(report).items() if name != "free_bytes"}
-        finished = {**manifest, "complete": True, "latent_shapes": run.latent_shapes(), "report": held}
-        write_manifest(run.directory / MANIFEST_NAME, finished)
-    run.state.wait_for_everyone()
+        if run.is_main and not manifest["complete"]:
+            _write_pairs(run.directory / PAIRS_NAME, index, plan)
+            held = {name: value for name, value in asdict(report).items() if name != "free_bytes"}
+            finished = {**manifest, "complete": True, "latent_shapes": run.latent_shapes(), "report": held}
+            write_manifest(run.directory / MANIFEST_NAME, finished)
+        run.state.wait_for_everyone()
     return report
 
 
@@ -180,6 +184,11 @@ class _Run:
         self.settings, self.max_broken = settings, max_broken
         self.is_main = bool(self.state.is_main_process)
         self.show = progress and self.is_main
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the context no other run writes into the directory; a cache that is complete is only read."""
+        nothing_to_write = is_cache(self.directory) and read_manifest(self.directory).get("complete")
+        return sole_owner(self.directory) if self.is_main and not nothing_to_write else contextlib.nullcontext()
 
     def begin(self) -> dict[str, Any]:
         """Checks everything that can be checked before the first image is read; returns the manifest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dina_reward.checkpoints.atomic import atomic_file
+from dina_reward.checkpoints.locking import sole_owner
 from dina_reward.checks.stored import read_json
 from dina_reward.checks.values import check_kind, checked_int, checked_texts
 from dina_reward.data.buckets import Bucket
@@ -139,31 +141,33 @@ class JudgeLabeller:
 
         Raises:
             JudgeError: (a `ValueError`) a judge failed or answered nonsense; what was judged is kept.
-            ValueError: the budget is too small, there are no prompts, or the directory holds something else.
+            ValueError: the budget is too small, there are no prompts, the directory holds something else, or another run is
+                writing into it.
         """
         plan = self._plan(source, prompts, budget, reward, seed)
         origin = self._origin(source, plan, reward, step, scales)
         processes = accelerator if accelerator is not None else OneProcess()
         labelling = _Labelling(self, Path(directory), source, plan, step, dict(scales or {}))
-        writer = processes_first(processes, lambda: labelling.open(origin))
-        if writer.complete:
-            return LabelReport.read(directory)
-        # All ranks see the same shards missing, because none writes before all have looked.
-        missing = writer.missing()
-        processes.wait_for_everyone()
-        for number in missing:
-            rows = writer.shards()[number]
-            latents = source.draw([plan.prompts[row] for row in rows], [plan.seeds[row] for row in rows])
-            if processes.is_main_process:
-                writer.write(number, latents)
-        with tqdm(total=budget, desc="judging", unit="call", disable=not progress) as bar:
+        with sole_owner(Path(directory)) if processes.is_main_process else contextlib.nullcontext():
+            writer = processes_first(processes, lambda: labelling.open(origin))
+            if writer.complete:
+                return LabelReport.read(directory)
+            # All ranks see the same shards missing, because none writes before all have looked.
+            missing = writer.missing()
+            processes.wait_for_everyone()
+            for number in missing:
+                rows = writer.shards()[number]
+                latents = source.draw([plan.prompts[row] for row in rows], [plan.seeds[row] for row in rows])
+                if processes.is_main_process:
+                    writer.write(number, latents)
+            with tqdm(total=budget, desc="judging", unit="call", disable=not progress) as bar:
 
-            def judged(count: int) -> None:
-                bar.update(count)
-                if on_judged is not None:
-                    on_judged(count)
+                def judged(count: int) -> None:
+                    bar.update(count)
+                    if on_judged is not None:
+                        on_judged(count)
 
-            on_main(processes, lambda: labelling.judge(writer, reward, judged))
+                on_main(processes, lambda: labelling.judge(writer, reward, judged))
         return LabelReport.read(directory)
 
     def _plan(

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import yaml
 
+from dina_reward.checkpoints.locking import DirectoryInUseError
 from dina_reward.checks.disk import disk_fault
 from dina_reward.checks.values import described, fits
 from dina_reward.lazy import missing_extra
@@ -149,8 +150,7 @@ def _check_yaml(path: Path) -> None:
 
 def parse_command_line(*dataclass_types: type, args: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Dataclasses for a script's ``main``, filled by `ConfigParser`; faults end the process in one line, with code 2."""
-    hide_library_notes()
-    sys.excepthook = _faults_in_one_line
+    faults_in_one_line()
     try:
         return ConfigParser(dataclass_types).parse_args_and_config(args)
     except ValueError as error:
@@ -158,11 +158,19 @@ def parse_command_line(*dataclass_types: type, args: Sequence[str] | None = None
         raise SystemExit(2) from error
 
 
+def faults_in_one_line() -> None:
+    """From here on the script says in one line that it was interrupted, that the disk is full, or its folder in use."""
+    hide_library_notes()
+    sys.excepthook = _faults_in_one_line
+
+
 def _faults_in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """What an error that ends a script prints; neither Ctrl-C nor a full disk is an error of the script."""
-    fault = "interrupted" if issubclass(kind, KeyboardInterrupt) else disk_fault(error)
-    if fault is not None:
-        print(fault if fault == "interrupted" else f"error: {fault}", file=sys.stderr)
+    fault = str(error) if isinstance(error, DirectoryInUseError) else disk_fault(error)
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif fault is not None:
+        print(f"error: {fault}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dina_reward import LatentReward
+from dina_reward.checkpoints.kept_results import write_whole
 from dina_reward.checkpoints.model_card import model_card
 from dina_reward.checks.stored import read_json
 from dina_reward.checks.values import check_fields
@@ -23,7 +24,6 @@ from dina_reward.evaluation.cost import timed
 from dina_reward.noise.draws import fold_seed
 from dina_reward.recipes.alignment import load_generator, prompts_of, resume_point
 from dina_reward.recipes.arguments import ConfigParser
-from dina_reward.recipes.kept_results import write_whole
 from dina_reward.recipes.reward_training import RewardArguments, new_reward
 from dina_reward.training import LatentRewardTrainer, LatentRewardTrainingConfig
 

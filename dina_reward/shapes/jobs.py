@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from dina_reward.checkpoints.atomic import atomic_file
+from dina_reward.checkpoints import kept_results
+from dina_reward.checks.children import in_parallel, run_child
 
 
 RESULT_NAME = "result.json"
+_REQUEST_NAME = "request.json"
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Job:
     """A command that leaves a file when it has done its work.
 
     Args:
-        arguments: of the Python interpreter.
-        result: the file; a job whose file is there is not run again. ``log.txt`` with all output goes beside it.
+        arguments: of the Python interpreter. Those that are a `Path` say where something is, the others what is done.
+        result: the file; where one of the same job is there, it is kept. ``log.txt`` with all output goes beside it.
     """
 
     arguments: Sequence[str | Path | int | float]
@@ -41,19 +40,23 @@ class Job:
         Raises:
             RuntimeError: the command failed or left no result.
         """
-        if self.result.is_file():
+        request = self.result.with_name(_REQUEST_NAME)
+        words = [str(word) for word in self.arguments if not isinstance(word, Path)]
+        wanted = kept_results.identity({"arguments": words})
+        # Results of earlier versions have no request beside them.
+        if self.result.is_file() and (not request.exists() or kept_results.read_result(request, wanted) is not None):
             return
+        self.result.unlink(missing_ok=True)
         command, log = [sys.executable, *map(str, self.arguments)], self.result.with_name("log.txt")
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(log, "w", encoding="utf-8") as file:
-            code = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
-            ).returncode
+            code, _ = run_child(command, file, environment)
         if code or not self.result.is_file():
             raise RuntimeError(
                 f"{' '.join(command)} ended with {code} and should have written {self.result}; see {log}"
             )
+        kept_results.write_result(request, wanted, {})
 
 
 def threads_per_job(at_once: int) -> int:
@@ -68,20 +71,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int) -> None:
         RuntimeError: a job failed.
     """
     threads = threads_per_job(at_once)
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), desc="jobs") as progress:
-        futures = [pool.submit(job.run, threads) for job in jobs]
-        for future in futures:
-            future.add_done_callback(lambda _: progress.update())
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    in_parallel([partial(job.run, threads) for job in jobs], at_once, "jobs")
 
 
 def write_result(directory: Path, result: Mapping[str, Any]) -> None:
     """Writes a job's figures, whose presence says that it is done."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic_file(directory / RESULT_NAME) as staging:
-        staging.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    kept_results.write_whole(directory / RESULT_NAME, json.dumps(result, indent=1) + "\n")

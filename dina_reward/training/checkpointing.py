@@ -16,15 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from dina_reward.checkpoints.atomic import clean_leftovers, incomplete_name, remove_directory, replace_directory
-from dina_reward.training.ownership import (
-    checkpoints_of,
-    last_checkpoint,
-    new_run,
-    run_of,
-    set_aside,
-    sole_owner,
-    write_run,
-)
+from dina_reward.checkpoints.locking import new_run, sole_owner
+from dina_reward.training.ownership import checkpoints_of, last_checkpoint, run_of, set_aside, write_run
 from dina_reward.training.run_settings import (
     check_digests,
     check_same_run,

@@ -1,13 +1,10 @@
-"""Who writes into an output directory: one run at a time, and each checkpoint knows its run."""
+"""Which run a checkpoint in an output directory is of: each knows it, and no run touches those of another."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,13 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dina_reward.checks.stored import read_json
 
 
-LOCK_NAME = ".run.lock"
 RUN_NAME = "run.json"
-
-
-def new_run() -> str:
-    """Name of a new run."""
-    return uuid.uuid4().hex[:16]
 
 
 def run_of(checkpoint: Path) -> str | None:
@@ -72,51 +63,3 @@ def set_aside(checkpoint: Path, run: str) -> None:
     other = run_of(checkpoint) if checkpoint.is_dir() else None
     if other not in (None, run):
         os.rename(checkpoint, checkpoint.with_name(f"{checkpoint.name}-of-{other}"))
-
-
-@contextlib.contextmanager
-def sole_owner(directory: Path, run: str) -> Iterator[None]:
-    """Inside the context no other process, on whatever machine, trains into this directory.
-
-    The operating system takes the lock back from a process that is killed. File systems without locks have none.
-
-    Raises:
-        ValueError: another run is there; the message says which process on which machine.
-    """
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / LOCK_NAME
-    while True:
-        with path.open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:
-                file.seek(0)
-                raise ValueError(
-                    f"another run is writing into {directory} ({file.read().strip()}); wait for its end, or choose another "
-                    "output_dir"
-                ) from error
-            except OSError:  # the file system has no locks
-                yield
-                return
-            if not _is_still(path, file.fileno()):
-                continue  # the one that held it has just ended and removed it
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on {socket.gethostname()}, run {run}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

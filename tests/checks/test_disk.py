@@ -7,18 +7,24 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 
+from dina_reward.alignment.monitoring.pictures import save_picture
 from dina_reward.checkpoints import atomic
+from dina_reward.checkpoints.kept_results import identity, write_result
 from dina_reward.checks.disk import disk_fault
 from dina_reward.data import LatentPreferenceDataset, build_cache
-from tests.alignment.helpers import algorithm_trainer, lora_tensors
+from dina_reward.distill import JudgeLabeller, JudgeLimits
+from tests.alignment.helpers import ALGORITHMS, algorithm_trainer, lora_tensors
 from tests.data.cache_world import SETTINGS, make_pairs, shard_bytes
+from tests.distill.helpers import PROMPTS, Brightness, NoiseSource
 from tests.tiny_models import tiny_sd_pipeline
 from tests.training.tiny_reward import tiny_reward, tiny_trainer, trained_parameters
 
@@ -85,15 +91,27 @@ def test_commands_and_recipes_end_in_one_line(
     assert "KeyError" in capsys.readouterr().err
 
 
-def make_grpo(directory: Path) -> Any:
-    return algorithm_trainer("grpo", directory, max_steps=4, save_strategy="steps", save_steps=2)
+def make_policy(name: str) -> Callable[[Path], Any]:
+    return partial(algorithm_trainer, name, max_steps=4, save_strategy="steps", save_steps=2)
 
 
 def make_reward(directory: Path) -> Any:
     return tiny_trainer(directory, max_steps=4, save_strategy="steps", save_steps=2, ema_decay=0.9)
 
 
-@pytest.mark.parametrize(("make", "weights"), [(make_reward, trained_parameters), (make_grpo, lora_tensors)])
+@pytest.mark.parametrize(
+    ("make", "weights"),
+    [
+        (make_reward, trained_parameters),
+        (make_policy("grpo"), lora_tensors),
+        *(
+            pytest.param(make_policy(name), lora_tensors, marks=pytest.mark.slow)
+            for name in ALGORITHMS
+            if name != "grpo"
+        ),
+    ],
+    ids=["reward", "grpo", *(name for name in ALGORITHMS if name != "grpo")],
+)
 def test_training_goes_on_from_the_last_whole_checkpoint(
     make: Callable[[Path], Any], weights: Callable[[Any], dict[str, torch.Tensor]], fails_at: FailsAt, tmp_path: Path
 ) -> None:
@@ -129,3 +147,49 @@ def test_rewards_and_preferences_stay_as_they_were(fails_at: FailsAt, tmp_path: 
             save(tmp_path / saved)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert left(tmp_path) == ["pairs", "reward"]
+
+
+def test_labels_of_a_judge_go_on_and_ask_nothing_twice(fails_at: FailsAt, tmp_path: Path) -> None:
+    judge = Brightness()
+    labeller = JudgeLabeller(judge, limits=JudgeLimits(batch_size=8, retries=0))
+    with pytest.raises(OSError, match=r"000001\.json"), fails_at("000001.json"):
+        labeller.label(tmp_path, NoiseSource(), PROMPTS, 40)
+    assert not list(tmp_path.rglob("*.incomplete"))
+    before = sum(judge.asked)
+    report = labeller.label(tmp_path, NoiseSource(), PROMPTS, 40)
+    assert sum(judge.asked) == report.calls + 8  # the answers that could not be written
+    assert before == 16
+
+
+def write_evaluation(directory: Path, figure: int) -> None:
+    from dina_reward.cli import eval_run
+
+    class Comparison:
+        def to_dict(self) -> dict[str, int]:
+            return {"figure": figure}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_run, "comparison_table", lambda comparison: str(figure))
+        patch.setattr(eval_run, "plot_comparison", lambda comparison, path: path.write_bytes(bytes([figure])))
+        eval_run.write_evaluation(Comparison(), directory)  # type: ignore[arg-type]
+
+
+def write_kept_result(directory: Path, figure: int) -> None:
+    write_result(directory / "evaluation_of_a_benchmark.json", identity({}), {"figure": figure})
+
+
+def write_picture(directory: Path, figure: int) -> None:
+    save_picture(Image.new("RGB", (8, 8), (figure, 0, 0)), directory / "evaluation.png")
+
+
+@pytest.mark.parametrize("write", [write_evaluation, write_kept_result, write_picture])
+def test_what_a_command_writes_at_its_end_is_the_old_or_the_new(
+    write: Callable[[Path, int], None], fails_at: FailsAt, tmp_path: Path
+) -> None:
+    write(tmp_path, 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="evaluation"), fails_at("evaluation"):
+        write(tmp_path, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write(tmp_path, 2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dina_reward.checkpoints import atomic
 from dina_reward.distill import (
     DriftSettings,
     JudgeLabeller,
@@ -165,6 +168,28 @@ def test_a_judge_that_fails_stops_the_run_and_loses_nothing(whole: dict[str, Any
     trainer, _ = make(tmp_path, Shade(fail_after=24))
     with pytest.raises(ValueError, match="the judge Shade raised RuntimeError: out of order"):
         trainer.train()
+    trainer, refresh = make(tmp_path, Shade())
+    trainer.train(resume_from_checkpoint=True)
+    check_same(trainer, refresh, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full_at", ["judgements", "reward", "record.json"])
+def test_a_full_disk_inside_a_refresh_loses_nothing(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    fsync, down = atomic._fsync, []
+
+    def full(path: Path) -> None:
+        if down or ("round-001" in str(path) and full_at in str(path)):
+            down.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        fsync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "_fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            make(tmp_path, Shade())[0].train()
     trainer, refresh = make(tmp_path, Shade())
     trainer.train(resume_from_checkpoint=True)
     check_same(trainer, refresh, whole)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dina_reward.evaluation import TieConvention, pairwise_accuracy
+from dina_reward.evaluation.accuracy import Accuracy, pair_credit
 
 
 # two right, one wrong, a predicted tie, a tied label, both tied
@@ -38,6 +39,14 @@ def test_threshold_makes_small_margins_ties() -> None:
     result = pairwise_accuracy(torch.tensor([0.05, 1.0]), ties="pickscore", tie_threshold=0.1)
     assert result.value == 0.75
     assert result.predicted_ties == 1
+
+
+def test_without_a_threshold_only_equal_scores_are_ties() -> None:
+    margins, labels = torch.tensor([0.01, -0.01, 0.0]), torch.ones(3)
+    assert pair_credit(margins, labels).tolist() == [1.0, 0.0, 0.5]
+    result = pairwise_accuracy(margins, labels)
+    assert (result.value, result.predicted_ties, result.tie_threshold) == (0.5, 1, 0.0)
+    assert Accuracy(0.5, 3, 3, 0, 0, "half").tie_threshold == 0.0
 
 
 def test_own_convention() -> None:

@@ -86,6 +86,27 @@ def test_there_may_be_no_best_variance(sign: float, message: str) -> None:
         fit_variance(margins, LEVELS, (sign * margins[:, 0] > 0).float())
 
 
+@pytest.mark.parametrize("share", [9_000.0, 1.1e-4])
+def test_a_variance_within_four_orders_of_the_squared_scores_is_fitted(share: float) -> None:
+    margins, labels = alike_at_all_levels(share)
+    fitted = fit_variance(margins, LEVELS, labels)
+    assert fitted.variance(torch.tensor(LEVELS)).mean().item() == pytest.approx(share, rel=0.02)
+
+
+@pytest.mark.parametrize(("share", "message"), [(1.1e4, "say nothing about"), (0.9e-4, "order every pair as its")])
+def test_a_variance_further_off_is_refused(share: float, message: str) -> None:
+    margins, labels = alike_at_all_levels(share)
+    with pytest.raises(ValueError, match=message):
+        fit_variance(margins, LEVELS, labels)
+
+
+def alike_at_all_levels(share: float) -> tuple[Tensor, Tensor]:
+    """Margins of mean square one, and labels by a variance of ``share``."""
+    margins = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    margins /= margins.square().mean().sqrt()
+    return margins[:, None].expand(-1, len(LEVELS)), torch.special.ndtr(margins / (2 * share) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("shape", "levels", "message"),
     [

@@ -1,9 +1,9 @@
-"""Kills runs of every alignment trainer between and during saves, and resumes them; started from test_kill_and_resume.py.
+"""Ends runs of every alignment trainer between and during saves, and resumes them; started from test_kill_and_resume.py.
 
-python kill_worker.py OUTPUT_DIR ALGORITHM [ALGORITHM ...]
+python kill_worker.py OUTPUT_DIR "ALGORITHM MOMENT" ["ALGORITHM MOMENT" ...]
 
-Each run trains in a forked child that ends by SIGKILL. The parent then resumes it from the last whole checkpoint, and
-writes for every case whether weights and averages equal those of the uninterrupted run bit for bit.
+Each run trains in a forked child that ends by SIGKILL, or is told to by SIGTERM. The parent then resumes it from the last
+whole checkpoint, and writes for every case whether weights and averages equal those of the uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from tests.alignment.helpers import algorithm_trainer, lora_tensors
 COMMON: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
 
 
-class KillBetweenSaves(TrainerCallback):
-    """Ends the process after the fifth step, when the checkpoint of the fourth is whole."""
+class SignalBetweenSaves(TrainerCallback):
+    """Sends its own process a signal after the fifth step, when the checkpoint of the fourth is whole."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.number)
 
 
 def die_while_saving(trainer: Any) -> None:
@@ -47,18 +50,20 @@ def die_while_saving(trainer: Any) -> None:
 
 
 def run_and_die(name: str, directory: Path, moment: str) -> int:
-    """Trains in a child; the signal that ended it."""
+    """Trains in a child; its exit code, negative for the signal that ended it."""
     child = os.fork()
     if child == 0:
         trainer = algorithm_trainer(name, directory, **COMMON)
         if moment == "during":
             die_while_saving(trainer)
         else:
-            trainer.add_callback(KillBetweenSaves())
-        trainer.train()
+            trainer.add_callback(SignalBetweenSaves(signal.SIGKILL if moment == "between" else signal.SIGTERM))
+        try:
+            trainer.train()
+        except SystemExit as ended:
+            os._exit(int(ended.code or 0))
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def everything(trainer: Any) -> dict[str, torch.Tensor]:
@@ -68,21 +73,21 @@ def everything(trainer: Any) -> dict[str, torch.Tensor]:
         return {**weights, **{f"average {name}": tensor for name, tensor in lora_tensors(trainer).items()}}
 
 
-def main(output: Path, names: list[str]) -> None:
+def main(output: Path, cases: list[list[str]]) -> None:
     report = {}
-    for name in names:
+    for name in dict.fromkeys(name for name, _ in cases):
         straight = algorithm_trainer(name, output / name / "straight", **COMMON)
         straight.train()
         expected = everything(straight)
-        for moment in ("between", "during"):
+        for moment in [moment for other, moment in cases if other == name]:
             directory = output / name / moment
-            killed_by = run_and_die(name, directory, moment)
+            code = run_and_die(name, directory, moment)
             left = sorted(path.name for path in directory.iterdir() if path.is_dir())
             resumed = algorithm_trainer(name, directory, **COMMON)
             resumed.train(resume_from_checkpoint=True)
             actual = everything(resumed)
             report[f"{name} {moment}"] = {
-                "killed_by": killed_by,
+                "code": code,
                 "left": left,
                 "steps": resumed.state.global_step,
                 "tensors": len(expected),
@@ -94,4 +99,4 @@ def main(output: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # see tests/conftest.py
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), [case.split() for case in sys.argv[2:]])

@@ -92,3 +92,23 @@ def test_changed_data_and_functions_are_evaluated_again(root: Path) -> None:
 def test_bad_arguments_are_refused_before_anything_is_loaded(options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConfigParser(recipe_dataclasses(RECIPE)).parse_args_and_config(options)
+
+
+def test_a_run_that_is_interrupted_goes_on_where_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dina_reward.cli import eval_run
+
+    whole, asked = eval_run.run_evaluation, []
+
+    def until_the_second(request: Any, entrants: Any) -> Any:
+        asked.append(request.dataset)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(request, entrants)
+
+    monkeypatch.setattr(eval_run, "run_evaluation", until_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(root)
+    assert not (root / "out" / "benchmark.json").exists()
+    (row,) = run(root)
+    assert asked == [str(root / f"{name}.json") for name in (*BENCHMARKS, BENCHMARKS[1])]
+    assert row["accuracy"].keys() == set(BENCHMARKS)

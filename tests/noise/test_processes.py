@@ -221,6 +221,14 @@ def test_timesteps_up_to_one_beyond_the_grid_are_its_end() -> None:
         ddpm.from_timesteps(1000.5)
 
 
+def test_one_is_a_timestep_and_less_is_taken_for_a_level() -> None:
+    ddpm = VariancePreservingNoise.from_scheduler_config(SD15_SCHEDULER)
+    assert ddpm.from_timesteps([0.0, 1.0]).timestep.tolist() == [0.0, 1.0]
+    assert ddpm.from_timesteps(1.0).timestep.tolist() == [1.0]
+    with pytest.raises(ValueError, match="if these are noise levels, pass them as"):
+        ddpm.from_timesteps(0.99)
+
+
 def test_defaults_of_the_distributions() -> None:
     def levels(sampler: LevelSampler) -> Tensor:
         return sampler.sample(4, torch.Generator().manual_seed(0))

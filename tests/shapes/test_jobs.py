@@ -22,7 +22,23 @@ def test_jobs_leave_results_and_logs_and_are_not_run_again(tmp_path: Path) -> No
     for name in ("one", "two", "three"):
         assert (tmp_path / name / "result.json").read_text() == str(threads_per_job(2))
         assert (tmp_path / name / "log.txt").read_text() == "hello\n"
-    run_jobs([job(tmp_path / "one", "raise SystemExit(1)")], at_once=1)
+    before = (tmp_path / "one" / "result.json").stat().st_mtime_ns
+    run_jobs([job(tmp_path / "one", WRITE)], at_once=1)
+    assert (tmp_path / "one" / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_result_of_another_job_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    run_jobs([job(tmp_path, WRITE)], at_once=1)
+    run_jobs([job(tmp_path, WRITE.replace("OMP_NUM_THREADS", "PATH"))], at_once=1)
+    assert (tmp_path / "result.json").read_text() == os.environ["PATH"]
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        run_jobs([job(tmp_path, "raise SystemExit(1)")], at_once=1)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_results_of_earlier_versions_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    run_jobs([job(tmp_path, "raise SystemExit(1)")], at_once=1)
 
 
 def test_a_failure_names_the_log_and_stops_what_waits(tmp_path: Path) -> None:

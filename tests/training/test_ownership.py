@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dina_reward.checkpoints.locking import LOCK_NAME, sole_owner
 from dina_reward.training.ownership import (
-    LOCK_NAME,
     checkpoints_of,
     last_checkpoint,
     run_of,
     set_aside,
-    sole_owner,
     write_run,
 )
 from tests.training.toy import toy_trainer
@@ -87,7 +86,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path) -> None
     code = f"""
         import sys
         from pathlib import Path
-        from dina_reward.training.ownership import sole_owner
+        from dina_reward.checkpoints.locking import sole_owner
         with sole_owner(Path({str(tmp_path)!r}), "first"):
             print("ready", flush=True)
             sys.stdin.readline()

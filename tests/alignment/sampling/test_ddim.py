@@ -38,6 +38,16 @@ def test_marginal_noise_is_kept(alpha, gap, eta):
     torch.testing.assert_close(total, torch.full_like(total, float(1 - after)), rtol=2e-2, atol=2e-3)
 
 
+@given(st.floats(0.05, 0.9), st.floats(0.01, 0.09))
+def test_the_deterministic_step_ends_at_the_state_of_the_next_level(alpha, gap):
+    clean, noise = state()
+    abar, after = torch.tensor(alpha), torch.tensor(alpha + gap)
+    latents = abar.sqrt() * clean + (1 - abar).sqrt() * noise
+    step = ddim_transition(latents, noise, abar, after, eta=0.0)
+    torch.testing.assert_close(step.mean, after.sqrt() * clean + (1 - after).sqrt() * noise, rtol=1e-3, atol=1e-3)
+    assert float(step.std) == 0
+
+
 def test_published_std():
     abar, after = torch.tensor(0.3), torch.tensor(0.5)
     latents, output = state()

@@ -147,6 +147,13 @@ def test_last_step_is_never_stochastic(sampler):
         check_sde_window(10, 3, (0, 10))
     with pytest.raises(ValueError, match="does not fit into sde_window_range"):
         check_sde_window(10, 4, (0, 3))
+    with pytest.raises(ValueError, match="does not fit into sde_window_range"):
+        check_sde_window(10, 3, (-1, 3))
+
+
+@pytest.mark.parametrize(("size", "window_range"), [(3, (0, 3)), (1, (4, 5)), (9, (0, 9))])
+def test_a_window_may_begin_with_the_first_step_and_fill_its_range(size, window_range):
+    check_sde_window(10, size, window_range)
 
 
 def test_missing_step_noise_is_refused(sampler):

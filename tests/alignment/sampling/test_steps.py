@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from dina_reward.alignment.sampling.steps import (
+    check_eta,
     cps_transition,
     dance_sde_transition,
     euler_step,
@@ -133,6 +134,13 @@ def test_deterministic_steps_have_no_log_prob(state, sde_type, eta):
     latents, velocity, _ = state
     with pytest.raises(ValueError, match="no log-probability"):
         transition(sde_type, latents, velocity, *sigmas(), eta)
+
+
+@pytest.mark.parametrize("sde_type", ["cps", "ddim"])
+def test_all_noise_may_be_drawn_anew(sde_type):
+    check_eta(sde_type, 1.0)
+    with pytest.raises(ValueError, match=f"{sde_type} takes 0 < eta <= 1"):
+        check_eta(sde_type, 1.01)
 
 
 def test_bad_steps_are_refused(state):

@@ -64,6 +64,16 @@ def test_loss_is_the_published_formula(nft_beta):
     torch.testing.assert_close(output.loss, expected)
 
 
+def test_errors_below_the_published_floor_are_divided_by_it():
+    # Where the prediction is right up to rounding, its gradient does not grow without bound.
+    process = ForwardProcess(DDPM.noise_process, "sample")
+    latents = torch.zeros(ROWS, 2, 3)
+    values = {**example(process), "latents": latents, "weights": torch.ones(ROWS)}
+    values |= {"prediction": latents + 4e-6, "old_prediction": latents + 4e-6}
+    output = nft_loss(process, **values, advantages=torch.zeros(ROWS), nft_beta=1.0)
+    assert float(output.loss) == pytest.approx((4e-6) ** 2 / 1e-5)
+
+
 @pytest.mark.parametrize("process", [FLOW, DDPM])
 def test_certainly_good_samples_are_regressed_onto(process):
     # r = 1 and b = 1: the loss is the model's own training loss, up to a weight per row.

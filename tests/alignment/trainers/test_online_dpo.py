@@ -117,7 +117,8 @@ def test_loss_starts_at_log_two_and_falls(tmp_path):
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "soft"])
 def test_step_loss_compares_both_sides_under_the_same_noise(tmp_path, loss_type):
-    trainer = dpo_trainer(tmp_path, num_pairs=2, beta_dpo=50.0, loss_type=loss_type, label_smoothing=0.1)
+    trainer = dpo_trainer(tmp_path, num_pairs=2, beta_dpo=25.0, loss_type=loss_type, label_smoothing=0.1)
+    trainer.tightness = 2.0  # after an alarm beta counts twice
     (_, experience), _ = trainer.make_experience(0)
     pairs = form_pairs(experience.rewards, 4, num_pairs=2)
     # The second micro-batch begins with group 2, which is pair 4.

@@ -112,6 +112,19 @@ def test_convolution_learns_the_noise_level_only_if_asked() -> None:
     assert not torch.equal(head(features), head(other))
 
 
+def test_convolution_by_hand() -> None:
+    head, features = make_head("conv", num_hidden_layers=1, use_time_embedding=True), make_features()
+    joined = torch.cat([nn.functional.layer_norm(tokens, tokens.shape[-1:]) for tokens in features.visual], dim=2)
+    time = features.temb @ head.proj_time.weight.T + head.proj_time.bias
+    tokens = joined @ head.proj_in.weight.T + head.proj_in.bias + time[:, None]
+    maps = tokens.transpose(1, 2).reshape(4, 32, *GRID)
+    convolution = head.convolutions[0].conv
+    inner = nn.functional.silu(nn.functional.group_norm(maps, 32))
+    maps = maps + nn.functional.conv2d(inner, convolution.weight, convolution.bias, padding=1)
+    pooled = nn.functional.layer_norm(maps.mean(dim=(2, 3)), (32,))
+    torch.testing.assert_close(head(features), (pooled @ head.head.weight.T + head.head.bias)[:, 0])
+
+
 def test_convolution_without_a_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="needs image tokens on a grid.*'query' or 'pooled'"):
         make_head("conv")(dataclasses.replace(make_features(), grid=None))

@@ -10,7 +10,7 @@ import torch
 from dina_reward.families import FeatureSizes, TapFeatures
 from dina_reward.modeling.heads.base import LogisticSquash
 from dina_reward.modeling.heads.config import RewardHeadConfig
-from dina_reward.modeling.heads.query import LayerAdapter, RewardHead
+from dina_reward.modeling.heads.query import LayerAdapter, QueryAttention, RewardHead
 
 
 SIZES = FeatureSizes(hidden=32, temb=24)
@@ -124,6 +124,31 @@ def test_a_prompt_without_a_token_reads_its_padding(num_levels: int) -> None:
     expected = head(replace(features, text_mask=mask), num_levels)
     torch.testing.assert_close(head(replace(features, text_mask=~mask), num_levels), expected)
     assert torch.isfinite(expected).all()
+
+
+def test_attention_by_hand() -> None:
+    torch.manual_seed(0)
+    width, heads = 8, 2
+    attention = QueryAttention(width, heads, use_text=True, gated=True)
+    for gate in (attention.gate_vis, attention.gate_text):
+        assert gate is not None
+        torch.nn.init.normal_(gate[2].weight)
+    queries, visual, text = torch.randn(1, 3, width), torch.randn(1, 5, width), torch.randn(1, 4, width)
+    mask = torch.tensor([[True, True, False, True]])
+
+    def mixed(tokens: torch.Tensor, kind: str) -> torch.Tensor:
+        keys = getattr(attention, f"to_k_{kind}")(tokens)
+        values = getattr(attention, f"to_v_{kind}")(tokens) / (1 + (-getattr(attention, f"gate_{kind}")(tokens)).exp())
+        parts = []
+        for columns in torch.arange(width).chunk(heads):
+            logits = wanted[..., columns] @ keys[..., columns].mT / (width / heads) ** 0.5
+            parts.append(logits.softmax(dim=-1) @ values[..., columns])
+        return torch.cat(parts, dim=-1)
+
+    wanted = attention.to_q(attention.norm_q(queries))
+    both = mixed(attention.norm_v(visual), "vis") + mixed(attention.norm_t(text[:, mask[0]]), "text")
+    expected = queries + attention.to_out(both)
+    torch.testing.assert_close(attention(queries, visual, text, mask), expected)
 
 
 def test_film_scales_and_shifts_by_hand() -> None:

@@ -1,18 +1,12 @@
-"""Results that are kept: whole ones of the same settings and content, and no others; children that end with their parent."""
+"""Results that are kept: whole ones of the same settings and content, and no others."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
-from dina_reward.recipes.kept_results import identity, read_result, write_result
+from dina_reward.checkpoints.kept_results import identity, read_result, write_result
 
 
 def test_a_result_is_kept_for_the_same_settings_and_content(tmp_path: Path) -> None:
@@ -48,29 +42,3 @@ def test_a_damaged_result_is_made_again(tmp_path: Path, text: str) -> None:
 def test_results_of_earlier_versions_are_kept(tmp_path: Path) -> None:
     write_result(tmp_path / "result.json", {"seed": 0}, {})
     assert read_result(tmp_path / "result.json", identity({"seed": 0})) is not None
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a parent's death is a signal on Linux alone")
-@pytest.mark.parametrize("killed_by", [signal.SIGTERM, signal.SIGKILL])
-def test_children_end_with_their_parent(tmp_path: Path, killed_by: signal.Signals) -> None:
-    script = textwrap.dedent(
-        f"""
-        import os, sys
-        from dina_reward.recipes.kept_results import start_child
-        with open({str(tmp_path / "log")!r}, "wb") as log:
-            child = start_child([sys.executable, "-c", "import time; time.sleep(100)"], log, os.environ)
-            print(child.pid, flush=True)
-            child.wait()
-        """
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        parent.send_signal(killed_by)
-    for _ in range(100):
-        if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the child outlived its parent")

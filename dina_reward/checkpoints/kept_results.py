@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import signal
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,6 @@ from dina_reward.checkpoints.atomic import atomic_file
 from dina_reward.checks.stored import content_digest, differences, read_json
 
 
-_DIES_WITH_PARENT = 1
 _LATER = ("content", "version")
 """Settings that older results do not have."""
 
@@ -51,17 +46,3 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as staging:
         staging.write_text(text, encoding="utf-8")
-
-
-def start_child(command: Sequence[str], log: Any, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts a process that ends (on Linux) when this one does, even if this one is killed.
-
-    Args:
-        log: open file that gets all output.
-    """
-    tie = _die_with_parent if sys.platform == "linux" else None
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), preexec_fn=tie)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
