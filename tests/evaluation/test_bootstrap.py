@@ -30,6 +30,7 @@ def test_two_clusters_by_hand() -> None:
     means = bootstrap.means(np.array([1.0, 0, 0, 0]))[:, 0]
     assert set(means.tolist()) == {0.0, 0.25, 1.0}
     assert np.mean(means == 0.25) == pytest.approx(0.5, abs=0.08)
+    assert bootstrap.interval(means[:, None]).tolist() == [[0.0, 1.0]]
 
 
 def test_missing_credit_weights_and_columns() -> None:

@@ -62,19 +62,20 @@ class Mutant:
 
     Args:
         file: path below the package.
-        line: of the change, from 1.
+        line, column: of the change, both from 1.
         old, new: the expression before and after.
         text: the whole file with the change.
     """
 
     file: str
     line: int
+    column: int
     old: str
     new: str
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.old}  ->  {self.new}"
+        return f"{self.file}:{self.line}:{self.column}: {self.old}  ->  {self.new}"
 
 
 def mutants_of(package: Path, file: str) -> Iterator[Mutant]:
@@ -88,7 +89,9 @@ def mutants_of(package: Path, file: str) -> Iterator[Mutant]:
         begin = starts[node.lineno - 1] + node.col_offset
         end = starts[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
         old, new = data[begin:end].decode(), f"({ast.unparse(changed)})"
-        yield Mutant(file, node.lineno, old, new, (data[:begin] + new.encode() + data[end:]).decode())
+        yield Mutant(
+            file, node.lineno, node.col_offset + 1, old, new, (data[:begin] + new.encode() + data[end:]).decode()
+        )
 
 
 def _changes(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:

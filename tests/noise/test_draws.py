@@ -112,6 +112,9 @@ def test_fold_seed_separates_streams() -> None:
     assert fold_seed(0, 1) != fold_seed(1, 0)
     assert fold_seed(3) != fold_seed(3, 0)
     assert 0 <= fold_seed(-1, 2**63) < 2**63
+    assert fold_seed(-1, 5) == fold_seed(2**64 - 1, 5)  # as `torch.manual_seed` reads them
+    assert fold_seed(0, 1) == 7006255215521402662  # what was drawn once is drawn again
+    assert fold_seed(7, 2, -1) == 8979722290671739915
 
 
 @pytest.mark.parametrize(

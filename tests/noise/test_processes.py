@@ -211,6 +211,8 @@ def test_the_shift_of_multistep_solvers_counts() -> None:
     for shift, grid in grids.items():
         plain = torch.arange(1000, 0, -1) / 1000
         torch.testing.assert_close(grid.levels, shift * plain / (1 + (shift - 1) * plain))
+    for unshifted in (solver, {**solver, "flow_shift": None}):
+        torch.testing.assert_close(FlowMatchingNoise.from_scheduler_config(unshifted).levels, grids[1.0].levels)
 
 
 def test_timesteps_up_to_one_beyond_the_grid_are_its_end() -> None:

@@ -60,6 +60,22 @@ def test_no_alarm(rewards, judges):
     assert find_reward_hacking(history(rewards, judges)) == []
 
 
+@pytest.mark.parametrize("rise", [0.02, 0.5, 3.0])
+def test_any_rise_of_the_reward_counts(rise):
+    (alarm,) = find_reward_hacking(history([1.0, 1.0 + rise], [0.7, 0.5], noise=1e-4))
+    assert alarm.reward_after - alarm.reward_before == pytest.approx(rise, abs=1e-3)
+
+
+def test_a_reward_that_applies_nowhere_is_no_rise():
+    records = history([1.0, 2.0], [0.7, 0.5])
+    for nowhere in range(2):
+        missing = [
+            PromptScores(r.step, {**r.scores, "reward": [None] * PROMPTS} if i == nowhere else r.scores)
+            for i, r in enumerate(records)
+        ]
+        assert find_reward_hacking(missing) == []
+
+
 def test_nothing_to_compare_with():
     assert find_reward_hacking([]) == []
     assert find_reward_hacking(history([1.0], [1.0])) == []
@@ -143,6 +159,14 @@ def test_callback_stops_the_run_and_calls_the_hook(tmp_path, caplog):
     assert callback.on_evaluate(arguments, state, control).should_training_stop
     callback.stop, control.should_training_stop = False, False
     assert not callback.on_evaluate(arguments, state, control).should_training_stop
+
+
+def test_settings_of_the_callback_have_bounds():
+    callback = RewardHackingCallback(window=1, threshold=0.1)
+    assert (callback.window, callback.threshold) == (1, 0.1)
+    for window, threshold in ((0, 2.0), (3, 0.0), (3, -1.0), (3, math.nan)):
+        with pytest.raises(ValueError, match="must be at least 1 and threshold"):
+            RewardHackingCallback(window=window, threshold=threshold)
 
 
 def test_callback_passes_its_settings_on():

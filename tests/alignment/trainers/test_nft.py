@@ -145,7 +145,8 @@ def test_the_old_policy_samples(tmp_path):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_step_loss_uses_old_weights_and_reference(tmp_path, guidance_scale):
-    trainer = nft_trainer(tmp_path, beta_kl=0.5, nft_beta=0.3, guidance_scale=guidance_scale)
+    trainer = nft_trainer(tmp_path, beta_kl=0.25, nft_beta=0.3, guidance_scale=guidance_scale)
+    trainer.tightness = 2.0  # after an alarm the penalty counts twice
     (experience, *_), _ = trainer.make_experience(0)
     noise, point = trainer.draw(experience, 1, experience.rows)
     latents = experience.rollout.latents
