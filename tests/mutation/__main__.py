@@ -29,7 +29,7 @@ from tests.mutation.running import Run, run_tests
 
 
 ROOT = Path(__file__).parents[2]
-_SLOW = "caught by computing too long"
+_SLOW, _FIRST = "caught by computing too long", "caught at first"
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
 WARM = ("hypothesis", "datasets", "dina_reward.reward", "dina_reward.alignment.policy", "tests.tiny_models")
 """Imported before the processes of the tests are forked, which import the package and its tests anew, but nothing else."""
@@ -104,10 +104,17 @@ def copied(root: Path) -> None:
 
 
 class Report:
-    """The score of the mutants that were tried, which goes on from an earlier report's where there is one."""
+    """The score of the mutants that were tried, which goes on from an earlier report's where there is one.
 
-    def __init__(self, drawn: int, reasons: dict[str, str], earlier: dict[str, Any] | None = None) -> None:
-        earlier = earlier or {"drawn": drawn, "caught": 0, _SLOW: 0, "survivors": [], "equivalent": {}}
+    What was caught before tests were written for survivors stays beside it: it tells what to expect of other mutants.
+    """
+
+    def __init__(
+        self, drawn: int, reasons: dict[str, str], earlier: dict[str, Any] | None = None, again: bool = False
+    ) -> None:
+        self._again = again
+        earlier = earlier or {"drawn": drawn, "caught": 0, _FIRST: 0, _SLOW: 0, "survivors": [], "equivalent": {}}
+        self._first = earlier[_FIRST]
         self._reasons = reasons
         self._drawn, self._caught, self._slow = (earlier[key] for key in ("drawn", "caught", _SLOW))
         self._survivors = {name for name in earlier["survivors"] if name not in reasons}
@@ -120,6 +127,7 @@ class Report:
             self._equivalent.add(name)
         elif run.noticed:
             self._caught += 1
+            self._first += not self._again
             self._slow += run.too_long
         else:
             self._survivors.add(name)
@@ -132,6 +140,7 @@ class Report:
             "tried": counted + len(self._equivalent),
             "score": round(self._caught / max(1, counted), 4),
             "caught": self._caught,
+            _FIRST: self._first,
             _SLOW: self._slow,
             "survivors": sorted(self._survivors),
             "equivalent": {name: self._reasons[name] for name in sorted(self._equivalent)},
@@ -170,7 +179,7 @@ def main() -> None:
             mutants = mutants[earlier["tried"] :]
     for name in WARM:
         importlib.import_module(name)
-    report = Report(len(mutants), reasons, earlier)
+    report = Report(len(mutants), reasons, earlier, again=arguments.again is not None)
     said = report.write(arguments.output)
     with tempfile.TemporaryDirectory() as directory:
         copied(Path(directory))

@@ -153,6 +153,15 @@ def test_levels_take_integers_of_any_kind(seed: Any) -> None:
     assert torch.equal(draw_level_noise(LATENTS, (0.2,), seed=seed), draw_level_noise(LATENTS, (0.2,), seed=7))
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_seeds_by_row_may_be_arrays(kind: Any) -> None:
+    seeds = list(range(5, 5 + len(LATENTS)))
+    assert torch.equal(draw_noise(LATENTS, seed=kind(seeds)), draw_noise(LATENTS, seed=seeds))
+    assert torch.equal(
+        draw_level_noise(LATENTS, (0.2,), seed=kind(seeds)), draw_level_noise(LATENTS, (0.2,), seed=seeds)
+    )
+
+
 def test_seeds_have_64_bits() -> None:
     for seed in (-(2**63), 2**64 - 1):
         assert draw_noise(LATENTS, seed=seed).shape == (1, *LATENTS.shape)

@@ -127,6 +127,11 @@ def test_clip_range_sets_what_counts_as_certain():
     torch.testing.assert_close(wide, narrow)
 
 
+def test_defaults_are_the_published_ones(tmp_path):
+    config = DiffusionNFTConfig(str(tmp_path), use_cpu=True)
+    assert (config.old_policy_decay_rate, config.old_policy_decay_max, config.advantage_clip) == (0.001, 0.5, 5.0)
+
+
 def test_the_old_policy_samples(tmp_path):
     trainer = nft_trainer(tmp_path)
     before, _ = trainer.make_experience(0)

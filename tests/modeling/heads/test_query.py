@@ -174,3 +174,6 @@ def test_the_squash_by_hand() -> None:
 def test_queries_start_small() -> None:
     queries = make_head(num_queries=64).query_tokens
     assert float(queries.std()) == pytest.approx(0.02, rel=0.1)
+    torch.manual_seed(0)
+    embeds = torch.cat([LayerAdapter(64, 24, 64, project_inputs=False).layer_embed for _ in range(20)])
+    assert float(embeds.std()) == pytest.approx(0.02, rel=0.1)
