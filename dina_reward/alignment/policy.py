@@ -25,8 +25,9 @@ class Policy(Generator):
     """A diffusers pipeline whose denoiser is trained: a LoRA in float32 over frozen weights, or all of its weights.
 
     Trained tensors are always float32, the master copy of mixed precision; autocast computes in bfloat16 if asked. The
-    denoiser may be wrapped by DDP, sharded by FSDP2 or driven by DeepSpeed's ZeRO-2 afterwards: what is saved are whole
-    tensors, and snapshots hold each rank's own slices. Every prediction is counted in `calls`, a `CallCounter`.
+    denoiser may be wrapped by DDP or sharded by FSDP2 afterwards (DeepSpeed's ZeRO-2 is tested with rewards alone): what is
+    saved are whole tensors, and snapshots hold each rank's own slices. Every prediction is counted in `calls`, a
+    `CallCounter`.
 
     Examples:
         >>> policy = Policy(pipe, rank=32, alpha=64)
