@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -24,6 +24,9 @@ class AlignmentConfig(TrainingArguments):
     ``per_device_train_batch_size x processes x steps_per_generation`` samples, in groups of `num_generations`, and makes
     ``steps_per_generation x num_iterations / gradient_accumulation_steps`` optimizer steps.
     """
+
+    merges_for_rollout: ClassVar[bool] = True
+    """Whether the trainer samples in a way that `merge_for_rollout` speeds up."""
 
     output_dir: str = field(
         default="trainer_output", metadata={"help": "Directory of checkpoints, pictures and the evaluation history."}
@@ -297,6 +300,10 @@ class AlignmentConfig(TrainingArguments):
         if self.train_full_model and self.load_in_4bit:
             raise ValueError(
                 "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"
+            )
+        if self.merge_for_rollout and not self.merges_for_rollout:
+            raise ValueError(
+                f"merge_for_rollout does nothing under {type(self).__name__}, which samples its own way; drop it"
             )
         if self.merge_for_rollout and (self.train_full_model or self.load_in_4bit):
             other = "train_full_model" if self.train_full_model else "load_in_4bit"

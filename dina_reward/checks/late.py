@@ -25,7 +25,7 @@ class LateChecks:
         """Notes a condition that is to hold.
 
         Args:
-            holds: true where it does, any shape, on any device.
+            holds: true where it does, any shape, on the device of the others.
             error: makes what is raised if it does not hold everywhere; it may look at the tensors.
         """
         self._conditions.append((holds.detach().all(), error))
@@ -35,12 +35,7 @@ class LateChecks:
         if not self._conditions:
             return
         conditions, self._conditions = self._conditions, []
-        # Conditions on several devices are rare, and each device is waited for once.
-        devices = list(dict.fromkeys(holds.device for holds, _ in conditions))
-        known = {
-            device: iter(torch.stack([holds for holds, _ in conditions if holds.device == device]).tolist())
-            for device in devices
-        }
-        for holds, error in conditions:
-            if not next(known[holds.device]):
+        known: list[bool] = torch.stack([holds for holds, _ in conditions]).tolist()
+        for held, (_, error) in zip(known, conditions, strict=True):
+            if not held:
                 raise error()

@@ -9,6 +9,7 @@ fresh noise (expert iteration; as reward-ranked fine-tuning, RAFT, arXiv 2304.06
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from dina_reward.search.steering import normalised_weights
 @dataclass
 class SearchDistillationConfig(ForwardProcessConfig):
     """Settings of `SearchDistillationTrainer`."""
+
+    merges_for_rollout: ClassVar[bool] = False  # the reward scores between the steps of a search
 
     num_generations: int = field(default=2, metadata={"help": "Samples per prompt that search keeps to train on."})
     search_method: str = field(

@@ -176,9 +176,14 @@ def text_digest(value: Any) -> str:
 
 
 def _json_form(item: Any) -> str:
-    if isinstance(item, np.ndarray) and item.dtype.kind in "fiub":
-        item = torch.from_numpy(item)
-    return f"tensor {tensor_digest([item])}" if isinstance(item, Tensor) else type(item).__name__
+    if isinstance(item, Tensor) and item.layout == torch.strided and not item.is_meta:
+        kind, shape = item.dtype, tuple(item.shape)
+        item = item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    elif isinstance(item, np.ndarray) and item.dtype != object:
+        kind, shape = item.dtype, item.shape
+    else:
+        return type(item).__name__
+    return f"{kind} {shape} {hashlib.sha256(item.tobytes()).hexdigest()}"
 
 
 def tensor_digest(tensors: Iterable[Tensor]) -> str:

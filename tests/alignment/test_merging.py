@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dina_reward import LatentReward, LatentRewardConfig
-from dina_reward.alignment import DiffusionGRPOTrainer
+from dina_reward.alignment import DiffusionGRPOTrainer, RewardBackpropConfig
+from dina_reward.search import SearchDistillationConfig
 from tests.alignment.helpers import (
     LATENT_SHAPE,
     PROMPTS,
@@ -91,6 +92,12 @@ def test_what_has_no_lora_to_merge_is_refused(tmp_path: Path) -> None:
     for other in ("train_full_model", "load_in_4bit"):
         with pytest.raises(ValueError, match=f"merge_for_rollout .* {other} has none"):
             tiny_config(tmp_path, merge_for_rollout=True, **{other: True})
+
+
+def test_trainers_that_sample_their_own_way_refuse_it(tmp_path: Path) -> None:
+    for config in (RewardBackpropConfig, SearchDistillationConfig):
+        with pytest.raises(ValueError, match=f"merge_for_rollout does nothing under {config.__name__}"):
+            config(str(tmp_path), merge_for_rollout=True, use_cpu=True)
 
 
 def shared_reward(pipeline: Any) -> LatentReward:

@@ -14,7 +14,7 @@ from dina_reward.checks.values import is_real
 
 
 SIDES = ("chosen", "rejected")
-P_CHOSEN = "p_chosen"
+P_CHOSEN, WEIGHT = "p_chosen", "weight"
 
 GIVEN_VARIANCE = 0.5
 """Variance of one reward, of which the difference of two has a variance of 1."""
@@ -66,7 +66,7 @@ def given_experience(maker: ExperienceMaker, generation: int) -> tuple[list[Expe
                 negative=negative,
                 rewards=torch.tensor(margins, device=maker.device),
                 advantages=torch.zeros(len(rows), device=maker.device),
-                weights=torch.ones(len(rows), device=maker.device),
+                weights=torch.tensor([_weight(pair) for pair in pairs], device=maker.device),
             )
         )
     margins_of_all = maker.accelerator.gather(torch.cat([part.rewards[::2] for part in parts]))
@@ -88,6 +88,16 @@ def _side(pair: dict[str, Any], side: str, shape: Sequence[int]) -> Tensor:
     if not bool(latents.isfinite().all()):
         raise ValueError(f"the {side!r} side of a pair for {pair['prompt']!r:.80} has values that are not finite")
     return latents
+
+
+def _weight(pair: dict[str, Any]) -> float:
+    """Its weight in the loss; 1 where it states none, 0 of one that could not be read."""
+    weight = 1.0 if pair.get(WEIGHT) is None else pair[WEIGHT]
+    if not is_real(weight) or weight < 0:
+        raise ValueError(
+            f"weight of a pair for {pair['prompt']!r:.80} must be a number of at least 0, got {weight!r:.80}"
+        )
+    return float(weight)
 
 
 def _margin(pair: dict[str, Any]) -> float:

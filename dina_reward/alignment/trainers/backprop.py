@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,8 @@ class RewardBackpropConfig(AlignmentConfig):
     Sampling is deterministic, so `sde_type` and `eta` are not read, and samples are not compared, so groups matter only
     for the noise they may share.
     """
+
+    merges_for_rollout: ClassVar[bool] = False  # gradients reach the LoRA through the samples
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})
     num_generations: int = field(default=1, metadata={"help": "Samples per prompt."})

@@ -106,9 +106,10 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
     pair see the same level and noise. The reference is the model before training. See `AlignmentTrainer` for the arguments.
 
     A dataset whose rows are pairs (``prompt``; clean latents of one sample, ``chosen`` and ``rejected``; optionally
-    ``p_chosen``, the probability that the chosen side is the better one) is trained on as it is: Diffusion-DPO on given
-    preferences. Nothing is sampled then, and the reward is asked in evaluations alone; pairs that `search` leaves behind
-    are such rows. It takes groups of two. Where ``p_chosen`` is below one half, the sides change places.
+    ``p_chosen``, the probability that the chosen side is the better one, and ``weight``) is trained on as it is:
+    Diffusion-DPO on given preferences. Nothing is sampled then, and the reward is asked in evaluations alone; pairs that
+    `search` leaves behind and a `LatentPreferenceDataset` are such. It takes groups of two. Where ``p_chosen`` is below one
+    half, the sides change places.
 
     Examples:
         >>> args = OnlineDPOConfig("out", num_generations=8, per_device_train_batch_size=16, num_pairs=2)
@@ -135,7 +136,7 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(pipeline, reward_funcs, args, train_dataset, **kwargs)
-        self.pairs_are_given = has_pairs(self.experience_maker.prompts.dataset.columns)
+        self.pairs_are_given = has_pairs(list(self.experience_maker.prompts.dataset[0]))
         if self.pairs_are_given and args.num_generations != 2:
             raise ValueError(
                 f"train_dataset has pairs, which are groups of two, and num_generations is {args.num_generations}; set it "

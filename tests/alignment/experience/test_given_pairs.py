@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.alignment.experience.given_pairs import has_pairs
+from dina_reward.data import LatentPreferenceDataset
 from tests.alignment.tiny_policy import tiny_pipeline
 from tests.alignment.trainers.forward_helpers import (
     dpo_trainer,
@@ -69,6 +70,19 @@ def test_any_kind_of_array_is_read(tmp_path: Path, shape: tuple[int, ...]) -> No
         assert torch.equal(one.rollout.latents, other.rollout.latents)
 
 
+def test_our_own_dataset_of_pairs_is_one(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """It names no columns: its rows say what they are."""
+    rows = pairs(shape)
+    sides = [torch.stack([row[side] for row in rows]) for side in ("chosen", "rejected")]
+    dataset = LatentPreferenceDataset(NAMES, *sides, weight=torch.tensor([0.0, 2, 2, 2, 2, 2]))
+    part = given(tmp_path, dataset, per_device_train_batch_size=6).make_experience(0)[0][0]
+    for place, prompt in enumerate(part.prompts):
+        assert torch.equal(part.rollout.latents[place], sides[place % 2][NAMES.index(prompt)])
+        assert float(part.weights[place]) == (0.0 if prompt == NAMES[0] else 2.0)
+    with pytest.raises(ValueError, match="weight of a pair .* at least 0, got -1"):
+        given(tmp_path, pairs(shape, weight=-1)).make_experience(0)
+
+
 def test_soft_labels_are_the_probabilities_of_the_rows(tmp_path: Path, shape: tuple[int, ...]) -> None:
     trainer = given(tmp_path, pairs(shape, p_chosen=0.8), loss_type="soft")
     (part, _), metrics = trainer.make_experience(0)
@@ -115,6 +129,7 @@ def test_what_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
 def test_a_run_is_not_resumed_on_other_latents(tmp_path: Path, shape: tuple[int, ...]) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     given(tmp_path, pairs(shape), **settings).train()
-    others = [{**row, "chosen": row["chosen"] + 1} for row in pairs(shape)]
+    others = pairs(shape)
+    others[2]["chosen"][0, 0, 1] += 1e-3  # one element of one side
     with pytest.raises(ValueError, match="prompts"):
         given(tmp_path, others, max_steps=4, **settings).train(resume_from_checkpoint=True)
