@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -17,7 +16,17 @@ from tqdm.auto import tqdm
 
 
 Result = TypeVar("Result")
-_DIES_WITH_PARENT = 1
+_TIE = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, {signal.SIGKILL:d})
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Becomes the command, once the end of its parent ends it.
+
+It is a program of its own, not a `preexec_fn`: that would be Python in a fork of a process whose other threads may have held
+any lock, which can crash or wait for ever.
+"""
 _running: set[int] = set()
 
 
@@ -30,8 +39,8 @@ def run_child(command: Sequence[str], log: Any, environment: Mapping[str, str]) 
     Returns:
         Its exit code, and what it used by `resource.getrusage`, where the system counts that.
     """
-    tie = _die_with_parent if sys.platform == "linux" else None
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(environment), preexec_fn=tie)
+    tie = [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid())] if sys.platform == "linux" else []
+    process = subprocess.Popen([*tie, *command], stdout=log, stderr=subprocess.STDOUT, env=dict(environment))
     _running.add(process.pid)
     try:
         if not hasattr(os, "wait4"):
@@ -84,7 +93,3 @@ def _end_all(futures: Sequence[Future[Any]]) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
         wait(futures, timeout=0.2)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)

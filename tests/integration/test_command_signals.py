@@ -24,14 +24,14 @@ pytestmark = pytest.mark.slow
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Shells start background jobs with SIGINT ignored, and Python then leaves it so.
+    code = "import signal; signal.signal(2, signal.default_int_handler); from dina_reward.cli.__main__ import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-m", "dina_reward.cli", *map(str, arguments)],
+        [sys.executable, "-c", code, *map(str, arguments)],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # Shells start background jobs with SIGINT ignored, and Python then leaves it so.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
 
 
