@@ -236,11 +236,12 @@ def _figures(row: dict[str, Any]) -> str:
 def markdown(table: Sequence[dict[str, Any]], calls: int) -> str:
     """The table as it stands in the documentation."""
     error = error_of_a_mean(table)
+    known = f"; the standard error of a mean gain is {error:.1f} points" if error == error else ""
     lines = [
-        f"At {calls:,} denoiser calls; the standard error of a mean gain is {error:.1f} points.",
+        f"At {calls:,} denoiser calls{known}. Seconds are those of training; in brackets, CPU seconds of the whole process.",
         "",
         "| algorithm | oracle fit | gain in points (per seed) | cleanness | reward (its spread) | calls in updates | "
-        "reward calls | seconds | alarms |",
+        "reward calls | seconds (CPU) | alarms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in table:
@@ -248,7 +249,7 @@ def markdown(table: Sequence[dict[str, Any]], calls: int) -> str:
         lines.append(
             f"| {row['algorithm']} | {row['fit_before']:.3f} → {row['fit_after']:.3f} | {row['gain']:+.1f} ({gains}) | "
             f"{row['cleanness_change']:+.3f} | {row['reward_gain']:+.2f} | {100 * row['update_share']:.0f} % | "
-            f"{row['reward_calls']:,.0f} | {row['train_seconds']:.0f} | {row['hacking_alarms']} |"
+            f"{row['reward_calls']:,.0f} | {row['train_seconds']:.0f} ({row['cpu_seconds']:.0f}) | {row['hacking_alarms']} |"
         )
     return "\n".join(lines) + "\n"
 

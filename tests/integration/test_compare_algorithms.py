@@ -84,7 +84,9 @@ def test_table(recipe: ModuleType) -> None:
     # Variances 200 and 0 over two seeds.
     assert recipe.error_of_a_mean(table) == pytest.approx(50**0.5)
     text = recipe.markdown(table, 1000)
-    assert "| ReFL | 0.400 → 0.600 | +20.0 (+10.0, +30.0) | +0.000 | +1.00 | 25 % | 100 | 20 | 2 |" in text
+    assert "| ReFL | 0.400 → 0.600 | +20.0 (+10.0, +30.0) | +0.000 | +1.00 | 25 % | 100 | 20 (30) | 2 |" in text
+    assert "the standard error of a mean gain is 7.1 points." in text
+    assert "standard error" not in recipe.markdown(recipe.rows({"ReFL": runs(0.1)}), 1000)
 
 
 def test_verdicts(recipe: ModuleType) -> None:
