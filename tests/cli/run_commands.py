@@ -3,7 +3,8 @@
 python run_commands.py OUTPUT_DIR COMMANDS.json
 
 The file maps names to arguments of ``dina-reward``. What a command prints goes to ``NAME.out`` and ``NAME.err``, also what
-libraries print past Python's own streams; ``codes.json`` has the exit codes.
+libraries print past Python's own streams; ``codes.json`` has the exit codes, and ``loaded.json`` which of `HEAVY` have been
+imported when a command ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+
+HEAVY = ("diffusers", "dina_reward.reward", "dina_reward.alignment.policy")
 
 
 @contextlib.contextmanager
@@ -59,10 +63,12 @@ def make_the_world_small() -> None:
 
 if __name__ == "__main__":
     directory, commands = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    codes = {}
+    codes, loaded = {}, {}
     for name, arguments in commands.items():
         with streams_into(directory / f"{name}.out", directory / f"{name}.err"):
             if name in ("eval", "demo"):
                 make_the_world_small()
             codes[name] = run(arguments)
+        loaded[name] = [module for module in HEAVY if module in sys.modules]
     (directory / "codes.json").write_text(json.dumps(codes))
+    (directory / "loaded.json").write_text(json.dumps(loaded))
