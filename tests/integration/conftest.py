@@ -23,18 +23,18 @@ def killed(
 ) -> Callable[[str], dict[str, Any]]:
     """``killed(job)`` is the report that a job of `tests.integration.kill_workers` has written.
 
-    The first call runs the jobs of all files that are tested (their ``JOB``), once for all workers of pytest-xdist. Where a
-    file has ``arguments_of``, it makes the arguments of its job from its tests.
+    The first call runs the jobs of all files that are tested (their ``KILLS``), once for all workers of pytest-xdist. Where
+    a file has ``arguments_of``, it makes the arguments of its job from its tests.
     """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "killed"
     root.mkdir(exist_ok=True)
     items: dict[Any, list[pytest.Item]] = {}
     for item in request.session.items:
-        if item.path.parent == Path(__file__).parent and hasattr(item.module, "JOB"):  # type: ignore[attr-defined]
+        if item.path.parent == Path(__file__).parent and hasattr(item.module, "KILLS"):  # type: ignore[attr-defined]
             items.setdefault(item.module, []).append(item)  # type: ignore[attr-defined]
     jobs = {
-        module.JOB: module.arguments_of(tests) if hasattr(module, "arguments_of") else []
+        module.KILLS: module.arguments_of(tests) if hasattr(module, "arguments_of") else []
         for module, tests in items.items()
     }
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-JOB = "cache"
+KILLS = "cache"
 
 
 def test_five_kills_cost_nothing(killed: Callable[[str], dict[str, Any]]) -> None:
-    report = killed(JOB)
+    report = killed(KILLS)
     print(json.dumps(report, indent=1))
     assert len(report["kills"]) == 5
     assert report["files"] > 60

@@ -11,7 +11,7 @@ import pytest
 from tests.alignment.helpers import ALGORITHMS
 
 
-JOB = "alignment"
+KILLS = "alignment"
 BY_DEFAULT = ("nft",)  # the one with most in its checkpoints: an older policy beside the trained one
 
 
@@ -22,7 +22,7 @@ def arguments_of(items: list[Any]) -> list[list[list[str]]]:
 
 @pytest.fixture(scope="module")
 def report(killed: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    return killed(JOB)
+    return killed(KILLS)
 
 
 @pytest.mark.parametrize("moment", ["between", "during", pytest.param("terminated", marks=pytest.mark.slow)])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 
-JOB = "reward"
+KILLS = "reward"
 
 
 @pytest.fixture(scope="module")
 def report(killed: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    return killed(JOB)
+    return killed(KILLS)
 
 
 @pytest.mark.parametrize(
