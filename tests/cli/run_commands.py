@@ -53,12 +53,13 @@ def run(arguments: list[str]) -> int:
 
 def make_the_world_small() -> None:
     """A quarter of the demo's held-out prompts and of the pool of pairs: what is printed beside results is the same."""
-    import dina_reward.shapes as shapes
     import dina_reward.shapes.alignment as alignment
-    from dina_reward.shapes.preferences import build_pool
+    import dina_reward.shapes.preferences as preferences
+
+    build_pool = preferences.build_pool
 
     alignment.EVALUATION_PROMPTS = alignment.EVALUATION_IMAGES
-    shapes.build_pool = lambda pipeline, split, count, seed: build_pool(pipeline, split, 16, seed)  # type: ignore[attr-defined]
+    preferences.build_pool = lambda pipeline, split, count, seed: build_pool(pipeline, split, 16, seed)
 
 
 if __name__ == "__main__":
