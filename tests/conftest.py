@@ -43,6 +43,7 @@ PARITY = Path(__file__).parent / "fixtures" / "parity" / "case_a"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all test files are imported, of whose time it takes a fifth
     # pytest-xdist would start with the files of most tests; what takes long has few.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
@@ -58,6 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     # Every start of a trainer collects garbage. Looking through the imported libraries took 40 % of a tiny run.
+    gc.enable()
     gc.collect()
     gc.freeze()
 

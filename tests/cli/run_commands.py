@@ -3,7 +3,8 @@
 python run_commands.py OUTPUT_DIR COMMANDS.json
 
 The file maps names to arguments of ``dina-reward``. What a command prints goes to ``NAME.out`` and ``NAME.err``, also what
-libraries print past Python's own streams; ``codes.json`` has the exit codes.
+libraries print past Python's own streams; ``codes.json`` has the exit codes, and ``loaded.json`` which of `HEAVY` have been
+imported when a command ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+
+HEAVY = ("diffusers", "dina_reward.reward", "dina_reward.alignment.policy")
 
 
 @contextlib.contextmanager
@@ -49,20 +53,23 @@ def run(arguments: list[str]) -> int:
 
 def make_the_world_small() -> None:
     """A quarter of the demo's held-out prompts and of the pool of pairs: what is printed beside results is the same."""
-    import dina_reward.shapes as shapes
     import dina_reward.shapes.alignment as alignment
-    from dina_reward.shapes.preferences import build_pool
+    import dina_reward.shapes.preferences as preferences
+
+    build_pool = preferences.build_pool
 
     alignment.EVALUATION_PROMPTS = alignment.EVALUATION_IMAGES
-    shapes.build_pool = lambda pipeline, split, count, seed: build_pool(pipeline, split, 16, seed)  # type: ignore[attr-defined]
+    preferences.build_pool = lambda pipeline, split, count, seed: build_pool(pipeline, split, 16, seed)
 
 
 if __name__ == "__main__":
     directory, commands = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    codes = {}
+    codes, loaded = {}, {}
     for name, arguments in commands.items():
         with streams_into(directory / f"{name}.out", directory / f"{name}.err"):
             if name in ("eval", "demo"):
                 make_the_world_small()
             codes[name] = run(arguments)
+        loaded[name] = [module for module in HEAVY if module in sys.modules]
     (directory / "codes.json").write_text(json.dumps(codes))
+    (directory / "loaded.json").write_text(json.dumps(loaded))

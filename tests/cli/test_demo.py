@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 from dina_reward.alignment.monitoring.evaluation import read_history
 from dina_reward.cli.app import app
 from dina_reward.cli.demo_run import shown_prompts
+from dina_reward.shapes import alignment
 from dina_reward.shapes.alignment import EVALUATION_IMAGES, held_out_prompts
 from dina_reward.shapes.prompts import Scene
 
 
 def test_demo_writes_and_names_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dina_reward.shapes.alignment.EVALUATION_PROMPTS", EVALUATION_IMAGES)
+    monkeypatch.setitem(alignment._COMMON, "per_device_train_batch_size", 24)  # instead of 96
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path), "--iterations", "1"])
     assert result.exit_code == 0, result.output
     assert "latent reward (trained on)" in result.output

@@ -27,13 +27,18 @@ def invoke(*arguments: object) -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_pools() -> Iterator[None]:
-    """The embedded world's pairs come from 16 latents of each source instead of 64, whose sampling takes seconds."""
+def small_pools() -> Iterator[dict[Any, Any]]:
+    """The embedded world's pairs come from 16 latents of each source instead of 64, whose sampling takes seconds, once."""
+    pools: dict[tuple[str, int], Any] = {}
+
+    def small_pool(pipeline: Any, split: str, count: int, seed: int) -> Any:
+        if (split, seed) not in pools:
+            pools[split, seed] = build_pool(pipeline, split, 16, seed)
+        return pools[split, seed]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "dina_reward.shapes.build_pool", lambda pipeline, split, count, seed: build_pool(pipeline, split, 16, seed)
-        )
-        yield
+        patch.setattr("dina_reward.shapes.preferences.build_pool", small_pool)
+        yield pools
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +116,9 @@ def test_shipped_reward_beside_a_clip_model(tmp_path: Path) -> None:
     assert "tie convention 'half'" in page
 
 
-def test_seed_decides_everything() -> None:
+def test_seed_decides_everything(small_pools: dict[Any, Any]) -> None:
     def run(seed: int) -> Any:
+        small_pools.clear()  # each run makes its own
         options = ("--max-pairs", 16, "--ensembles", "none", "--seed", seed, "--json", *FAST)
         reward = json.loads(invoke("shapes", "shapes", *options).stdout)["rewards"][0]
         return reward["settings"]

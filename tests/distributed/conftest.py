@@ -6,13 +6,14 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from tests.distributed.launch import launch_two_processes
+from tests.distributed.launch import run
 from tests.distributed.together import DONE
 
 
@@ -35,23 +36,23 @@ def two_processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_processes"
     root.mkdir(exist_ok=True)
-    script = Path(__file__).with_name("together.py")
+    command = [sys.executable, str(Path(__file__).with_name("together.py"))]
     jobs = dict.fromkeys(item.module.JOB for item in request.session.items if hasattr(item.module, "JOB"))
 
-    def run(job: str) -> Path:
+    def folder(job: str) -> Path:
         with FileLock(root / "lock"):
             started = root / "started"
             if not started.exists():
                 started.touch()
                 prepare(root, jobs)
                 with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-                    launch_two_processes(script, root, *jobs, timeout=SECONDS)
+                    run(command, root, *jobs, timeout=SECONDS)
             if not (root / job / DONE).exists():
                 prepare(root, [job])
-                launch_two_processes(script, root, job)
+                run(command, root, job)
         return root / job
 
-    return run
+    return folder
 
 
 def prepare(root: Path, jobs: Iterable[str]) -> None:

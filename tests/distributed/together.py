@@ -1,22 +1,30 @@
 """Runs the work of several test files in one pair of gloo processes, whose start costs more than the work.
 
-torchrun --standalone --nproc_per_node 2 together.py DIRECTORY JOB [JOB ...]
+python together.py DIRECTORY JOB [JOB ...]
 
-Each job writes into a folder of its name in ``DIRECTORY``, and rank 0 leaves a file `DONE` in it at its end.
+Both are forks of one process, which imports the libraries once and tells them what torchrun would. Each job writes into a
+folder of its name in ``DIRECTORY``, and rank 0 leaves a file `DONE` in it at its end.
 """
 
 from __future__ import annotations
 
 import gc
+import os
+import random
+import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
 
 DONE = "done"
+RANKS = 2
 JOBS = {
     "cache": "tests.distributed.cache_worker",
     "reward": "tests.distributed.test_reward_trainer",
@@ -30,12 +38,14 @@ JOBS = {
 """Module by name of the job; its function ``work`` takes the folder."""
 
 
-def main(directory: Path, names: list[str]) -> None:
-    """Runs the jobs one after another; the first error ends both processes."""
-    torch.distributed.init_process_group("gloo")
-    assert torch.distributed.get_world_size() == 2
-    modules = {name: import_module(JOBS[name]) for name in names}
-    gc.freeze()  # see tests/conftest.py
+def work(directory: Path, modules: dict[str, ModuleType], rank: int) -> None:
+    """Runs the jobs one after another as one of the ranks; the first error ends it."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    random.seed()  # two processes that have nothing in common would not draw the same
+    np.random.seed()  # noqa: NPY002
+    rendezvous = f"file://{directory.resolve()}/rendezvous-{os.getppid()}"
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=RANKS)
     for name, module in modules.items():
         print(f"job {name}", flush=True)
         module.work(directory / name)
@@ -43,11 +53,43 @@ def main(directory: Path, names: list[str]) -> None:
         # Settings of one trainer, such as sharding, must not reach the next one's.
         AcceleratorState._reset_state()
         GradientState._reset_state()
-        if torch.distributed.get_rank() == 0:
+        if rank == 0:
             (directory / name / DONE).touch()
     torch.distributed.destroy_process_group()
 
 
+def fork(directory: Path, modules: dict[str, ModuleType], rank: int) -> int:
+    """Starts a rank; the id of its process."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work(directory, modules, rank)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return child
+
+
+def main(directory: Path, names: list[str]) -> int:
+    """Runs the jobs in two ranks; the exit code of the first that fails, which ends the other one too."""
+    modules = {name: import_module(JOBS[name]) for name in names}
+    gc.freeze()  # see tests/conftest.py
+    running = {fork(directory, modules, rank) for rank in range(RANKS)}
+    code = 0
+    while running:
+        child, status = os.wait()
+        running.discard(child)
+        if code == 0 and status != 0:
+            code = os.waitstatus_to_exitcode(status)
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    return code
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

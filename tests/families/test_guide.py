@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -159,23 +156,3 @@ def test_the_page_names_every_family_and_its_first_pipeline() -> None:
     for family in families():
         if family.name != NAME:
             assert f"| `{family.name}` | `{family.pipeline_classes[0]}`" in table, family.name
-
-
-def test_commands_find_a_family_by_its_entry_point(outside: Path, tmp_path: Path) -> None:
-    """As a package would be installed: a module and its metadata, nothing imported by hand."""
-    metadata = outside / "guide_family-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: guide-family\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[dina_reward.families]\n{NAME} = guide_family\n")
-    tiny_aura_flow_pipeline().save_pretrained(tmp_path)
-    paths = os.pathsep.join([str(outside), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-m", "dina_reward.cli", "info", str(tmp_path), "--json"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert result.returncode == 0, result.stderr
-    (card,) = json.loads(result.stdout)
-    assert (card["family"], card["total_blocks"], card["taps"]) == (NAME, 4, [1, 2])
-    assert (card["latent_shape"], card["head_width"]) == ([4, 8, 8], 32)

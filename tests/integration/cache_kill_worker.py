@@ -1,6 +1,4 @@
-"""Kills cache builds at random moments until five have died, and finishes the cache; started from test_cache_kill.py.
-
-python cache_kill_worker.py OUTPUT_DIR
+"""Kills cache builds at random moments until five have died, and finishes the cache; a job of kill_workers.py.
 
 Every attempt runs in a forked child that the parent ends by SIGKILL. The report says what each kill left behind, whether
 any finished shard was written again, and whether the files equal those of an uninterrupted run to the byte.
@@ -12,13 +10,10 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dina_reward.data import build_cache
 from dina_reward.shapes import load_pipeline
@@ -103,8 +98,3 @@ def main(output: Path) -> None:
         "uninterrupted_seconds": seconds,
     }
     (output / "report.json").write_text(json.dumps(report, indent=1))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

@@ -1,6 +1,4 @@
-"""Ends runs of every alignment trainer between and during saves, and resumes them; started from test_kill_and_resume.py.
-
-python kill_worker.py OUTPUT_DIR "ALGORITHM MOMENT" ["ALGORITHM MOMENT" ...]
+"""Ends runs of every alignment trainer between and during saves, and resumes them; a job of kill_workers.py.
 
 Each run trains in a forked child that ends by SIGKILL, or is told to by SIGTERM. The parent then resumes it from the last
 whole checkpoint, and writes for every case whether weights and averages equal those of the uninterrupted run bit for bit.
@@ -8,11 +6,9 @@ whole checkpoint, and writes for every case whether weights and averages equal t
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +90,3 @@ def main(output: Path, cases: list[list[str]]) -> None:
                 "different": [key for key in expected if not torch.equal(expected[key], actual[key])],
             }
     (output / "report.json").write_text(json.dumps(report, indent=1))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # see tests/conftest.py
-    main(Path(sys.argv[1]), [case.split() for case in sys.argv[2:]])

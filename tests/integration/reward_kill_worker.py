@@ -1,15 +1,10 @@
-"""Kills reward training between and during saves, and by SIGTERM, and resumes it; started from test_reward_kill.py.
-
-python reward_kill_worker.py OUTPUT_DIR
-"""
+"""Kills reward training between and during saves, and by SIGTERM, and resumes it; a job of kill_workers.py."""
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +74,3 @@ def main(output: Path) -> None:
         different = [name for name in expected if not torch.equal(expected[name], actual[name])]
         report[moment] = {"code": code, "left": left, "steps": resumed.state.global_step, "different": different}
     (output / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # see tests/conftest.py
-    main(Path(sys.argv[1]))

@@ -53,18 +53,26 @@ def test_every_example_is_short_and_tested_here() -> None:
         assert len((EXAMPLES / name).read_text().splitlines()) < (104 if name.startswith("04") else 65)
 
 
-def test_score_latents_as_a_newcomer_does(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, str(EXAMPLES / "01_score_latents.py")], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    output = result.stdout
+def check_scores(output: str) -> None:
     rows = re.findall(r"^ +(\d) +(-?\d+\.\d+) +(-?\d+\.\d+) +(\d+\.\d+) +(\d\.\d+)$", output, re.MULTILINE)
     assert sorted(int(row[0]) for row in rows) == list(range(8))
     ensemble = [float(row[2]) for row in rows]
     assert ensemble == sorted(ensemble, reverse=True)
     probability = float(output.rsplit("= ", 1)[1])
     assert 0.5 < probability <= 1
+
+
+def test_score_latents(run_example: RunExample) -> None:
+    check_scores(run_example("01_score_latents.py"))
+
+
+@pytest.mark.slow
+def test_score_latents_as_a_newcomer_does(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "01_score_latents.py")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    check_scores(result.stdout)
 
 
 @pytest.mark.slow

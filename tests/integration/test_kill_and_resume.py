@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,23 +11,18 @@ import pytest
 from tests.alignment.helpers import ALGORITHMS
 
 
-ROOT = Path(__file__).parents[2]
+KILLS = "alignment"
 BY_DEFAULT = ("nft",)  # the one with most in its checkpoints: an older policy beside the trained one
 
 
+def arguments_of(items: list[Any]) -> list[list[list[str]]]:
+    """Of the cases that are tested."""
+    return [[[item.callspec.params["name"], item.callspec.params["moment"]] for item in items]]
+
+
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of the cases that are tested, all in one process."""
-    items: list[Any] = [item for item in request.session.items if item.module is request.module]  # type: ignore[attr-defined]
-    cases = [f"{item.callspec.params['name']} {item.callspec.params['moment']}" for item in items]
-    directory = tmp_path_factory.mktemp("killed")
-    worker = Path(__file__).with_name("kill_worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, str(worker), str(directory), *cases], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((directory / "report.json").read_text())
+def report(killed: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return killed(KILLS)
 
 
 @pytest.mark.parametrize("moment", ["between", "during", pytest.param("terminated", marks=pytest.mark.slow)])

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 
-ROOT = Path(__file__).parents[2]
+KILLS = "reward"
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("killed")
-    worker = Path(__file__).with_name("reward_kill_worker.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, str(worker), str(directory)], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((directory / "report.json").read_text())
+def report(killed: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return killed(KILLS)
 
 
 @pytest.mark.parametrize(

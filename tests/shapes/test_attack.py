@@ -12,8 +12,10 @@ from dina_reward.shapes import attack, weights_dir
 
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = {"num_inference_steps": 3, "sde_window_size": 1, "sde_window_range": [0, 2]}
     refl = {**attack.ATTACKS["refl-0.1"], "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.05}
     grpo = {"max_steps": 2, "per_device_train_batch_size": 12, "steps_per_generation": 1}
+    refl, grpo = ({**run, **sampler} for run in (refl, grpo))
     monkeypatch.setattr(attack, "ATTACKS", {"refl": refl, "grpo": grpo})
     monkeypatch.setattr(attack, "SNAPSHOTS", (0.5, 1.0))
 

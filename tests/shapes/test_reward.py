@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dina_reward import LatentReward
 from dina_reward.shapes import build_pool, load_pipeline, load_reward, sample_pairs, sample_prompts
@@ -43,6 +44,12 @@ def pairs(pipeline: Any) -> PreferencePairs:
     return fresh_pairs(pipeline, world_of(pipeline).name, pool=64, count=1600, seed=99)
 
 
+@pytest.fixture(scope="module")
+def latents(pipeline: Any) -> Tensor:
+    """Some of every source."""
+    return build_pool(pipeline, "held_out", 4, seed=99).latents[:16]
+
+
 @pytest.mark.slow
 def test_accuracy_ensemble_and_calibration(reward: LatentReward, pairs: PreferencePairs) -> None:
     report = evaluate_reward(reward, pairs)
@@ -76,20 +83,19 @@ def test_wrong_captions_score_lower(reward: LatentReward, pipeline: Any) -> None
     assert float((right > reward(latents, wrong, seed=0)).float().mean()) > 0.9
 
 
-def test_shared_and_standalone_agree(world: str, reward: LatentReward, pipeline: Any, pairs: PreferencePairs) -> None:
+def test_shared_and_standalone_agree(world: str, reward: LatentReward, pipeline: Any, latents: Tensor) -> None:
     shared = load_reward(world, pipeline=pipeline, share_backbone=True)
     prompts = sample_prompts(16, "held_out", seed=0)
-    latents = pairs.latents[:16]
     torch.testing.assert_close(shared(latents, prompts, seed=0), reward(latents, prompts, seed=0), atol=1e-4, rtol=0)
 
 
-def test_it_finds_its_backbone_beside_itself(world: str, reward: LatentReward, pairs: PreferencePairs) -> None:
+def test_it_finds_its_backbone_beside_itself(world: str, reward: LatentReward, latents: Tensor) -> None:
     alone = load_reward(world)
     conditioning, index = reward.encode_prompts(sample_prompts(4, "held_out", seed=0))
     rows = conditioning[index]
     embeds = {"prompt_embeds": rows.prompt_embeds, "pooled_prompt_embeds": rows.pooled_prompt_embeds}
-    expected = reward(pairs.latents[:4], seed=0, **embeds)
-    torch.testing.assert_close(alone(pairs.latents[:4], seed=0, **embeds), expected, atol=1e-4, rtol=0)
+    expected = reward(latents[:4], seed=0, **embeds)
+    torch.testing.assert_close(alone(latents[:4], seed=0, **embeds), expected, atol=1e-4, rtol=0)
 
 
 def test_training_writes_a_reward_and_is_not_repeated(

@@ -14,9 +14,11 @@ from dina_reward.shapes.shipped import load_pipeline, weights_dir
 def test_import_is_light_and_names_resolve():
     code = (
         "import sys, dina_reward.shapes as shapes; assert 'torch' not in sys.modules; "
-        "shapes.Scene; assert 'torch' not in sys.modules; [getattr(shapes, name) for name in shapes.__all__]"
+        "shapes.Scene; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+    # In a new process they resolve in tests/test_floors.py.
+    assert all(getattr(dina_reward.shapes, name) is not None for name in dina_reward.shapes.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         dina_reward.shapes.nothing  # noqa: B018
 
@@ -43,10 +45,10 @@ def test_unknown_weights_are_refused_with_the_choices():
 
 @pytest.mark.parametrize("world", ["flow", "ddpm"])
 def test_generator_draws_well_but_listens_badly(world):
-    evaluation = evaluate_pipeline(load_pipeline(world), "held_out", count=192, seed=0)
+    evaluation = evaluate_pipeline(load_pipeline(world), "held_out", count=96, seed=0)
     assert 0.35 <= evaluation.scores.fit.mean() <= 0.55
     assert evaluation.scores.cleanness.mean() >= 0.6
-    assert "192 samples: fit 0." in str(evaluation)
+    assert "96 samples: fit 0." in str(evaluation)
 
 
 # Size, colour, shape and background by chance are 1/2, 1/6, 1/4 and 1/3; the UNet does not hear shapes at all.
@@ -54,7 +56,7 @@ def test_generator_draws_well_but_listens_badly(world):
     ("world", "least"), [("flow", [1 / 2, 1 / 6, 1 / 4, 1 / 3]), ("ddpm", [1 / 2, 1 / 6, 0.2, 1 / 3])]
 )
 def test_attributes_are_heard_above_chance(world, least):
-    right = evaluate_pipeline(load_pipeline(world), "train", count=384, seed=1).scores.attributes.float().mean(dim=0)
+    right = evaluate_pipeline(load_pipeline(world), "train", count=144, seed=1).scores.attributes.float().mean(dim=0)
     assert (right > torch.tensor(least)).all()
 
 
