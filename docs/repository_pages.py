@@ -30,6 +30,8 @@ PICTURES = (
     "examples/demo.png",
     "recipes/results/ablation.png",
     "recipes/results/comparison.png",
+    "recipes/results/comparison_runs.png",
+    "recipes/results/pixel.png",
     "recipes/results/search.png",
     "recipes/results/search_samples.png",
     "recipes/results/refresh.png",
