@@ -1,6 +1,6 @@
 """The method's claims, measured where the truth is known: rewards of eight kinds on the embedded world, three seeds each.
 
-    python recipes/ablate_reward.py --output outputs/ablation    # restartable; under 45 minutes on two cores
+    python recipes/ablate_reward.py --output outputs/ablation    # restartable; some 90 minutes on two cores
 
 | variant | likelihood | loss | levels in training | backbone |
 |---|---|---|---|---|
