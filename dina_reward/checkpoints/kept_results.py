@@ -16,10 +16,13 @@ _LATER = ("content", "version")
 
 
 def identity(settings: Mapping[str, Any], *paths: str | Path) -> dict[str, Any]:
-    """Settings of a result with what else decides it: the content of files and directories, and the package's version."""
+    """Settings of a result with what else decides it: the content of files and directories, and the package's version.
+
+    Paths are known by their order: a result stays valid where a checkout or its data moves.
+    """
     from dina_reward import __version__
 
-    content = {str(path): digest for path in paths if (digest := content_digest(Path(path))) is not None}
+    content = [content_digest(Path(path)) for path in paths]
     return json.loads(json.dumps({**settings, "content": content, "version": __version__}, default=str))
 
 

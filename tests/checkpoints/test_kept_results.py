@@ -32,6 +32,17 @@ def test_a_result_is_kept_for_the_same_settings_and_content(tmp_path: Path) -> N
     assert read_result(path, wanted()) is not None
 
 
+def test_a_result_is_kept_where_a_checkout_moves_and_names_no_place(tmp_path: Path) -> None:
+    for place, text in (("here", "steps: 1"), ("there", "steps: 1"), ("other", "steps: 2")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "a.yaml").write_text(text)
+    here, there, other = (identity({"seed": 0}, tmp_path / place / "a.yaml") for place in ("here", "there", "other"))
+    write_result(tmp_path / "result.json", here, {})
+    assert str(tmp_path) not in (tmp_path / "result.json").read_text()
+    assert read_result(tmp_path / "result.json", there) is not None
+    assert read_result(tmp_path / "result.json", other) is None
+
+
 @pytest.mark.parametrize("text", ["", '{"history": [{"st', "[]", '{"settings": 3}', "[" * 10**6])
 def test_a_damaged_result_is_made_again(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
