@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import sys
-import traceback
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,8 @@ from types import ModuleType
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
+
+from tests.forks import fork
 
 
 DONE = "done"
@@ -58,27 +60,11 @@ def work(directory: Path, modules: dict[str, ModuleType], rank: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def fork(directory: Path, modules: dict[str, ModuleType], rank: int) -> int:
-    """Starts a rank; the id of its process."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work(directory, modules, rank)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return child
-
-
 def main(directory: Path, names: list[str]) -> int:
     """Runs the jobs in two ranks; the exit code of the first that fails, which ends the other one too."""
     modules = {name: import_module(JOBS[name]) for name in names}
     gc.freeze()  # see tests/conftest.py
-    running = {fork(directory, modules, rank) for rank in range(RANKS)}
+    running = {fork(partial(work, directory, modules, rank)) for rank in range(RANKS)}
     code = 0
     while running:
         child, status = os.wait()

@@ -12,13 +12,13 @@ import gc
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.forks import fork
 from tests.integration import cache_kill_worker, kill_worker, reward_kill_worker
 
 
@@ -32,21 +32,14 @@ JOBS: dict[str, Callable[..., None]] = {
 
 def run(job: str, directory: Path, arguments: Any) -> int:
     """A job in a child, so that it finds the process as no other one left it; its exit code."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            JOBS[job](directory, *arguments)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def work() -> None:
+        log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        JOBS[job](directory, *arguments)
+
+    return os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
 
 
 def main(directory: Path, jobs: dict[str, list[Any]]) -> None:
