@@ -10,6 +10,7 @@ import pytest
 from dina_reward.backbones.cards import BackboneCard, card_of, cost_table, table_row, write_table
 from dina_reward.backbones.structures import published_models, structures_of_class
 from dina_reward.families import families
+from tests.backbones.published import SD35_MEDIUM_512
 from tests.families.test_guide import NAME as GUIDE_FAMILY
 from tests.families.test_guide import PAGE
 
@@ -101,6 +102,7 @@ def test_memory_of_a_reward() -> None:
 def test_sd35_medium_is_the_published_reward() -> None:
     """Sizes in parameters and FLOPs as published, with a multiply-add counted as two."""
     small = card_of(MODELS["SD3.5-Medium"], height=512, width=512)
+    assert small == SD35_MEDIUM_512  # which other tests take as it is
     assert small.text_tokens == 333
     assert math.isclose(small.lora_parameters, 28.3e6, rel_tol=0.002)
     assert math.isclose(small.head_parameters, 139.3e6, rel_tol=0.002)

@@ -6,20 +6,13 @@ from typing import Any
 
 import pytest
 
-from dina_reward.backbones.cards import BackboneCard, card_of
-from dina_reward.backbones.structures import published_models
 from dina_reward.recipes.configs import find_config, parse_config
+from tests.backbones.published import SD35_MEDIUM_512
 from tests.docs.pages import ROOT
 
 
 RECIPES = ROOT / "recipes"
 TEXT_ENCODERS, VAE, POLICY_LORA = 5_580_620_800, 83_819_683, 18_776_064  # counted in tests/recipes/test_single_gpu.py
-
-
-@pytest.fixture(scope="module")
-def card() -> BackboneCard:
-    structure = next(model for model in published_models() if model.name == "SD3.5-Medium")
-    return card_of(structure, height=512, width=512)
 
 
 def rows() -> list[list[str]]:
@@ -29,7 +22,8 @@ def rows() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
-def test_row_follows_from_the_configuration(row: list[str], card: BackboneCard) -> None:
+def test_row_follows_from_the_configuration(row: list[str]) -> None:
+    card = SD35_MEDIUM_512
     name, gpus, weights, samples, petaflops, iterations, hours = row
     recipe = find_config(name, RECIPES)
     assert recipe.launch is not None

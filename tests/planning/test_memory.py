@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dina_reward.backbones.cards import card_of
 from dina_reward.backbones.structures import published_models
 from dina_reward.planning.activations import Kept
 from dina_reward.planning.memory import Setup, denoiser_bytes, memory_parts, stored_bytes, total_bytes
 from dina_reward.planning.sizes import RunSizes, text_encoder_parameters
 from tests.alignment.helpers import tiny_trainer
+from tests.backbones.published import SD35_MEDIUM_512
 
 
 SETUP = Setup(
@@ -142,8 +142,7 @@ def test_text_encoders_have_their_published_sizes() -> None:
 
 
 def test_weights_of_the_published_recipe_are_those_of_its_table() -> None:
-    structure = next(model for model in published_models() if model.name == "SD3.5-Medium")
-    card = card_of(structure, flops=False)
+    card = SD35_MEDIUM_512
     sizes: Any = SimpleNamespace(**vars(SIZES))
     sizes.card, sizes.denoiser, sizes.text_encoders = card, card.denoiser_parameters, TEXT_ENCODERS["SD3.5-Medium"]
     sizes.vae, sizes.policy_lora = 83_819_683, 18_776_064

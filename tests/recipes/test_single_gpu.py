@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dina_reward.backbones.cards import card_of, meta_pipeline
+from dina_reward.backbones.cards import meta_pipeline
 from dina_reward.backbones.structures import ModelStructure, published_models
 from dina_reward.recipes import align
 from dina_reward.recipes.configs import Launch, check_config, find_config, parse_config
 from tests.alignment.tiny_policy import tiny_pipeline
+from tests.backbones.published import SD35_MEDIUM_512
 from tests.training.tiny_reward import tiny_reward
 
 
@@ -75,7 +76,7 @@ def header_row(name: str) -> tuple[float, float]:
 def test_header_counts_the_memory_of_every_part(structure: ModelStructure, arguments: tuple[Any, Any]) -> None:
     from peft import LoraConfig
 
-    card, pipeline = card_of(structure, flops=False), meta_pipeline(structure)
+    card, pipeline = SD35_MEDIUM_512, meta_pipeline(structure)
     pipeline.transformer.requires_grad_(False)
     rank = arguments[1].lora_rank
     targets = list(structure.family.policy_lora_targets)
@@ -96,9 +97,10 @@ def test_header_counts_the_memory_of_every_part(structure: ModelStructure, argum
     assert f"{24 - total:.1f} GiB remain" in HEADER
 
 
-def test_header_counts_activations_and_compute(structure: ModelStructure, arguments: tuple[Any, Any]) -> None:
+def test_header_counts_activations_and_compute(arguments: tuple[Any, Any]) -> None:
     config = arguments[1]
-    card = card_of(structure, height=config.height, width=config.width)
+    card = SD35_MEDIUM_512
+    assert (config.height, config.width) == (card.height, card.width)
     assert card.step_flops is not None
     assert card.reward_flops is not None
     tokens = (config.height // 16) ** 2 + 77 + config.max_sequence_length
