@@ -71,6 +71,13 @@ def tiny_features(code: str) -> TapFeatures:
     return TapFeatures(visual, text, temb=torch.randn(2, 64), grid=(4, 4))
 
 
+def small_pipeline() -> Any:
+    """A tiny pipeline whose own call makes images of 32 x 32 pixels from short prompts."""
+    pipeline = tiny_sd3_pipeline(sample_size=4)
+    pipeline.tokenizer_max_length = 8
+    return pipeline
+
+
 class Names(dict[str, Any]):
     """What an example takes for granted, made when it is asked for: its module's names, ours, and small models."""
 
@@ -98,7 +105,7 @@ class Names(dict[str, Any]):
 
 
 MAKERS: dict[str, Callable[[Names], Any]] = {
-    "pipe": lambda names: tiny_sd3_pipeline(),
+    "pipe": lambda names: small_pipeline(),
     "pipeline": lambda names: load_pipeline(),
     "reward": lambda names: tiny_reward(pipeline=names["pipe"]),
     "model": lambda names: names["reward"].model,
