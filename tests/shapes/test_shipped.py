@@ -49,6 +49,21 @@ def test_generator_draws_well_but_listens_badly(world):
     assert "96 samples: fit 0." in str(evaluation)
 
 
+@pytest.mark.parametrize("world", ["flow", "ddpm"])
+def test_few_steps_of_second_order_draw_cleaner_than_as_many_of_first(world):
+    first, second = (
+        evaluate_pipeline(load_pipeline(world), "train", 144, num_inference_steps=8, solver_order=order).scores
+        for order in (1, 2)
+    )
+    assert second.cleanness.mean() - first.cleanness.mean() > 0.01
+    assert second.fit.mean() - first.fit.mean() > -0.03
+
+
+def test_second_order_takes_no_noise():
+    with pytest.raises(ValueError, match="second order are deterministic, got eta"):
+        evaluate_pipeline(load_pipeline(), count=2, eta=0.5, solver_order=2)
+
+
 # Size, colour, shape and background by chance are 1/2, 1/6, 1/4 and 1/3; the UNet does not hear shapes at all.
 @pytest.mark.parametrize(
     ("world", "least"), [("flow", [1 / 2, 1 / 6, 1 / 4, 1 / 3]), ("ddpm", [1 / 2, 1 / 6, 0.2, 1 / 3])]

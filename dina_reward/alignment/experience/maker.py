@@ -40,6 +40,7 @@ class RolloutPlan:
         keep_means: record the means of the transitions.
         reference: evaluate the model without LoRA at the recorded states.
         credit_discount: with a number, each recorded step gets its own advantage; see `objectives.credit`.
+        solver_order: of the deterministic steps; see `sampling.solver.MultistepSolver`.
     """
 
     stochastic: Sequence[int] = ()
@@ -47,6 +48,7 @@ class RolloutPlan:
     keep_means: bool = False
     reference: bool = False
     credit_discount: float | None = None
+    solver_order: int = 1
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ class ExperienceMaker:
                     bound,
                     self.initial_latents(generation, rows),
                     self.sampler,
+                    solver_order=plan.solver_order,
                     stochastic=plan.stochastic,
                     trained=plan.trained,
                     step_noise=self._step_noise(generation, rows, len(plan.stochastic)),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, generator_from
+from dina_reward.alignment.sampling.solver import MultistepSolver
 
 
 PredictFunction = Callable[[Tensor, Tensor], Tensor]
@@ -116,6 +117,7 @@ def sample(
     *,
     start: int = 0,
     stop: int | None = None,
+    solver_order: int = 1,
     stochastic: Sequence[int] = (),
     trained: Sequence[int] | None = None,
     step_noise: Tensor | None = None,
@@ -131,6 +133,7 @@ def sample(
         sampler (`Sampler`): with timesteps on the device of the latents.
         start: first step to take; ``initial_latents`` are then the states before it.
         stop: step before which to end; the states before it are returned. By default all steps are taken.
+        solver_order: of the deterministic steps: 1 as the sampler takes them, 2 for DPM-Solver++(2M); see `MultistepSolver`.
         stochastic: indices of the stochastic steps, increasing; never the last step.
         trained: those of them to record; all by default.
         step_noise (`Tensor`, *optional*): standard normal, shape ``(batch, len(stochastic), ...)``; needed with stochastic
@@ -140,7 +143,7 @@ def sample(
         offload: keep recorded states and means in host memory.
 
     Raises:
-        ValueError: the last step is stochastic, a trained step is not, or the step noise does not fit.
+        ValueError: the last step is stochastic, a trained step is not, the step noise does not fit, or another order.
     """
     batch, dtype = initial_latents.shape[0], initial_latents.dtype
     recorded = tuple(stochastic if trained is None else trained)
@@ -148,6 +151,7 @@ def sample(
     kept = {state for index in recorded for state in (index, index + 1)}
     rollout = Rollout(initial_latents, stochastic=tuple(stochastic))
     store = _to_host if offload else _identity
+    solver = MultistepSolver(sampler, solver_order)
     latents = initial_latents
     for index in range(start, len(sampler) if stop is None else stop):
         if index in kept:
@@ -156,7 +160,7 @@ def sample(
         if keep_clean and index in kept and index <= stochastic[-1]:
             rollout.clean[index] = store(sampler.predict_clean(index, latents, prediction).to(dtype))
         if index not in stochastic:
-            latents = sampler.step(index, latents, prediction).to(dtype)
+            latents = solver.step(index, latents, prediction).to(dtype)
             continue
         assert step_noise is not None
         noise = step_noise[:, stochastic.index(index)]

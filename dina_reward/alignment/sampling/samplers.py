@@ -49,6 +49,11 @@ class Sampler(ABC):
     def __len__(self) -> int:
         return self.timesteps.shape[0]
 
+    @property
+    @abstractmethod
+    def signal(self) -> Tensor:
+        """Factor of the clean latent in the state before each step and after the last one, as `levels` that of the noise."""
+
     @abstractmethod
     def step(self, index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         """Deterministic step ``index``: next latents, shape ``(batch, ...)``, float32, differentiable."""
@@ -140,6 +145,10 @@ class FlowSampler(Sampler):
             eta,
         )
 
+    @property
+    def signal(self) -> Tensor:
+        return 1 - self.levels
+
     def step(self, index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         return euler_step(latents, prediction, self.levels[index], self.levels[index + 1])
 
@@ -203,6 +212,10 @@ class DDIMSampler(Sampler):
                 "nothing about the image; set rescale_betas_zero_snr to false, or timestep_spacing to 'leading'"
             )
         return cls(alphas, timesteps.to(device, torch.float32), fresh.config.prediction_type, eta)
+
+    @property
+    def signal(self) -> Tensor:
+        return self.alphas_cumprod.sqrt()
 
     def step(self, index: int, latents: Tensor, prediction: Tensor) -> Tensor:
         return self._transition(index, latents, prediction, eta=0.0).mean

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dina_reward.alignment.config import AlignmentConfig
-from dina_reward.alignment.experience.maker import Experience
+from dina_reward.alignment.experience.maker import Experience, RolloutPlan
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.ddim import PredictionType, split_prediction
 from dina_reward.alignment.sampling.prompts import PromptDataset
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, generator_from, noise_by_row
+from dina_reward.alignment.sampling.solver import check_order
 from dina_reward.alignment.trainers.base import AlignmentTrainer
 from dina_reward.checks.values import check_choice, check_int
 from dina_reward.noise import LevelSampler, NoisePoint, NoiseProcess, expand_as, is_flow_matching
@@ -151,6 +152,13 @@ class TrainingNoise:
 class ForwardProcessConfig(AlignmentConfig):
     """Settings of the trainers that learn from clean samples under fresh noise."""
 
+    solver_order: int = field(
+        default=1,
+        metadata={
+            "help": "Order of the rollout's steps: 1 (Euler, DDIM), or 2 (DPM-Solver++ 2M), which needs fewer of them. The "
+            "evaluation samples at order 1, as the pipeline does."
+        },
+    )
     num_train_timesteps: int = field(
         default=4,
         metadata={
@@ -172,6 +180,8 @@ class ForwardProcessConfig(AlignmentConfig):
         super()._check_numbers()
         check_int(self, "num_generations", 2)
         check_int(self, "num_train_timesteps", 1)
+        check_int(self, "solver_order", 1)
+        check_order(self.solver_order)
         check_choice("train_level_distribution", self.train_level_distribution, get_args(TrainLevels))
         self.level_sampler()
 
@@ -213,6 +223,9 @@ class ForwardProcessTrainer(AlignmentTrainer):
         """See `AlignmentTrainer.training_step`; each pass over a generation has noise of its own."""
         self._iteration = int(inputs["iteration"][0])
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def plan(self, generation: int) -> RolloutPlan:
+        return RolloutPlan(solver_order=self.args.solver_order)
 
     def num_losses(self, experience: Experience) -> int:
         """One loss per training level."""

@@ -162,6 +162,7 @@ def test_levels_can_come_from_a_distribution(tmp_path):
     [
         ({"train_level_distribution": "normal"}, "unknown train_level_distribution 'normal'"),
         ({"train_level_distribution": "logit_normal", "train_level_std": 0.0}, "std must be positive"),
+        ({"solver_order": 3}, "solver_order must be 1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be an integer of at least 1"),
         ({"num_generations": 1}, "num_generations must be an integer of at least 2"),
     ],
