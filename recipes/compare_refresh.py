@@ -55,7 +55,7 @@ FROZEN = {"refresh_judge": "null"}
 CAUTIOUS = {"reward_kappa": 1.0, "reward_spread": "draws", "reward_num_noise_samples": 4}
 ENTRIES = {
     "frozen": Entry("black", overrides=FROZEN),
-    "KL": Entry("0.5", overrides={**FROZEN, "beta_kl": 0.01}),
+    "KL": Entry("0.5", overrides={**FROZEN, "beta_kl": 0.03}),
     "conservative": Entry("tab:green", overrides={**FROZEN, **CAUTIOUS}),
     "head ensemble": Entry(
         "tab:olive",
