@@ -32,9 +32,10 @@ PICTURES = (
     "recipes/results/comparison.png",
     "recipes/results/comparison_runs.png",
     "recipes/results/pixel.png",
+    "recipes/results/refresh.png",
+    "recipes/results/refresh_samples.png",
     "recipes/results/search.png",
     "recipes/results/search_samples.png",
-    "recipes/results/refresh.png",
 )
 
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")

@@ -7,8 +7,9 @@ and is never trained on. Refreshes ask a labeller that errs. A run with that jud
 without a latent reward: its time is that of the run and a stated time per judgement. A second part distils a judge with a
 taste of its own (how high up the shape stands) from zero and aligns with it.
 
-The command can be killed and started again: what is complete is kept. It writes `refresh.json`, `refresh.md` and
-`refresh.png`; `--rehearse` goes through all of it in miniature.
+The command can be killed and started again: what is complete is kept. It writes `refresh.json`, `refresh.md`, `refresh.png`
+and, of the first seed's samples at the start and at the end, `refresh_samples.png`; `--rehearse` goes through all of it in
+miniature.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from statistics import mean
 from typing import Any
 
 from dina_reward.alignment.monitoring.hacking import PromptScores, find_reward_hacking
+from dina_reward.alignment.monitoring.pictures import grid_tiles
 from dina_reward.checkpoints.kept_results import identity, read_result, write_result, write_whole
 from dina_reward.checkpoints.locking import sole_owner
 from dina_reward.checks.children import in_parallel, run_child
@@ -142,7 +144,12 @@ def run(name: str, seed: int, plan: Plan, output: Path, threads: int) -> dict[st
     if overrides.get("reward_model_path") == "ENSEMBLE":
         overrides["reward_model_path"] = str(output / "ensemble")
     options = {**plan.options(), **overrides, "seed": seed}
-    return launch("nft", "nft_shapes_refresh", options, output / name.replace(" ", "-") / f"seed-{seed}", threads)
+    return launch("nft", "nft_shapes_refresh", options, place(name, seed, output), threads)
+
+
+def place(name: str, seed: int, output: Path) -> Path:
+    """The directory of a run."""
+    return output / name.replace(" ", "-") / f"seed-{seed}"
 
 
 def train_ensemble(plan: Plan, output: Path, threads: int) -> None:
@@ -306,6 +313,34 @@ def draw(results: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def draw_samples(names: Sequence[str], seed: int, plan: Plan, output: Path, path: Path) -> None:
+    """One row for the start and one for the end of each run of a seed: the same held-out prompts and noise everywhere.
+
+    Shown are the first prompts of the evaluation that ask for each shape, as in the demo: no picture is chosen.
+    """
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from dina_reward.shapes.alignment import EVALUATION_IMAGES, held_out_prompts
+    from dina_reward.shapes.tiles import draw_tile, shown_prompts, two_lines
+
+    images = plan.extra.get("eval_num_images", EVALUATION_IMAGES)
+    prompts = held_out_prompts()[:images]
+    shown = shown_prompts(prompts)
+    runs = {name: sorted((place(name, seed, output) / "pictures").glob("step-*.png")) for name in names}
+    rows = {"start": runs[names[0]][0], **{name: pictures[-1] for name, pictures in runs.items()}}
+    figure = Figure(figsize=(1.6 * len(shown), 2.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(shown), squeeze=False)
+    for row, (name, picture) in enumerate(rows.items()):
+        tiles = grid_tiles(Image.open(picture), images)
+        for column, number in enumerate(shown):
+            draw_tile(axes[row, column], tiles[number], prompts[number])
+        axes[row, 0].set_ylabel(name, fontsize=12)
+    for column, number in enumerate(shown):
+        axes[0, column].set_title(two_lines(prompts[number]), fontsize=8, fontweight="bold")
+    figure.savefig(path, dpi=80, bbox_inches="tight")
+
+
 def compare(names: Sequence[str], seeds: Sequence[int], plan: Plan, output: Path, jobs: int, each: float) -> None:
     """Everything, and the files."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -327,6 +362,7 @@ def compare(names: Sequence[str], seeds: Sequence[int], plan: Plan, output: Path
     write_whole(output / "refresh.json", json.dumps(content, indent=1) + "\n")
     write_whole(output / "refresh.md", table)
     draw(results, output / "refresh.png")
+    draw_samples(names, seeds[0], plan, output, output / "refresh_samples.png")
     print(table)
 
 
