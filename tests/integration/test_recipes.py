@@ -131,6 +131,16 @@ def test_recipe_equals_the_measured_run(recipe: str, config_class: Any, measured
     assert different == {}
 
 
+def test_the_long_run_is_the_one_that_was_measured_beside_refreshes() -> None:
+    """`nft_shapes_long` is the entry KL of `compare_refresh.py`: what `nft_shapes_refresh` says, without a judge."""
+    long, refreshed = (
+        yaml.safe_load((RECIPES / "configs" / f"{name}.yaml").read_text())
+        for name in ("nft_shapes_long", "nft_shapes_refresh")
+    )
+    kept = {key: value for key, value in refreshed.items() if not key.startswith("refresh_")}
+    assert long == {**kept, "beta_kl": 0.03, "output_dir": long["output_dir"]}
+
+
 def one_of_each_script_by_default(configs: list[RecipeConfig]) -> Iterator[Any]:
     """All configurations; slow are those whose script an earlier one runs, and the scripts that take longest."""
     scripts: set[str] = {"ddpo", "refl", "grpo"}

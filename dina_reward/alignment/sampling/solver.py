@@ -1,4 +1,4 @@
-"""Deterministic steps that remember: the second-order solver that needs half as many evaluations of the denoiser."""
+"""Deterministic steps that remember: the second-order solver that needs fewer evaluations of the denoiser."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dina_reward.alignment.sampling.rollout import sample
 from dina_reward.alignment.sampling.samplers import build_sampler
 from dina_reward.alignment.trainers.forward_process import ForwardProcess, TrainingNoise
 from dina_reward.alignment.trainers.nft import DiffusionNFTConfig
@@ -170,3 +171,15 @@ def test_levels_can_come_from_a_distribution(tmp_path):
 def test_bad_settings_are_refused(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
         DiffusionNFTConfig(**forward_settings(tmp_path, **overrides))
+
+
+@pytest.mark.parametrize("build", [nft_trainer, dpo_trainer])
+def test_rollouts_are_of_the_order_that_is_set(build, tmp_path):
+    trainer = build(tmp_path, solver_order=2, num_inference_steps=4)
+    maker = trainer.experience_maker
+    experience = maker.make(0, trainer.plan(0))[0][0]
+    predict = trainer.policy.bind(experience.conditioning[experience.prompt_index], experience.negative)
+    initial = maker.initial_latents(0, experience.rows)
+    first, second = (sample(predict, initial, trainer.sampler, solver_order=order).latents for order in (1, 2))
+    torch.testing.assert_close(experience.rollout.latents, second)
+    assert not torch.allclose(first, second, atol=1e-4)
