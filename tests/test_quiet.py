@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import diffusers.utils.logging as diffusers_logging
 import pytest
@@ -34,6 +37,16 @@ def test_two_notes_are_hidden_and_nothing_else(caplog: pytest.LogCaptureFixture)
     imports.warning("`XImageProcessor` requires torchvision (not installed); falling back to `XImageProcessorPil`")
     imports.warning("`X` requires sentencepiece")
     assert [record.message for record in caplog.records] == ["broken", "`X` requires sentencepiece"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "dina_reward.shapes.evaluation", "--count", "1", "--steps", "1"], ["recipes/ablate_reward.py", "-h"]],
+)
+def test_modules_and_comparisons_print_no_notes(command: list[str]) -> None:
+    run = subprocess.run([sys.executable, *command], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("version", "name"), [("0.36.0", "torch_dtype"), ("0.42.1", "dtype"), ("1.0.0", "dtype")])

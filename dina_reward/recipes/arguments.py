@@ -19,6 +19,8 @@ from dina_reward.lazy import missing_extra
 from dina_reward.quiet import hide_library_notes
 
 
+hide_library_notes()  # scripts import this before what imports transformers
+
 try:
     from trl import TrlParser
 except ModuleNotFoundError as error:
@@ -160,7 +162,6 @@ def parse_command_line(*dataclass_types: type, args: Sequence[str] | None = None
 
 def faults_in_one_line() -> None:
     """From here on the script says in one line that it was interrupted, that the disk is full, or its folder in use."""
-    hide_library_notes()
     sys.excepthook = _faults_in_one_line
 
 

@@ -18,9 +18,11 @@ No other package may need this one, apart from recipes and commands; public name
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from dina_reward.lazy import lazy_exports
+from dina_reward.quiet import hide_library_notes
 
 
 if TYPE_CHECKING:
@@ -33,5 +35,8 @@ if TYPE_CHECKING:
     from dina_reward.shapes.prompts import Scene, all_scenes, sample_prompts, sample_scenes
     from dina_reward.shapes.renderer import render
     from dina_reward.shapes.shipped import load_aligned, load_pipeline, load_reward, weights_dir
+
+if sys.argv[:1] == ["-m"]:  # while Python looks for the module of `python -m dina_reward.shapes...`, a command of ours
+    hide_library_notes()
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)
