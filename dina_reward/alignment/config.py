@@ -28,6 +28,9 @@ class AlignmentConfig(TrainingArguments):
     merges_for_rollout: ClassVar[bool] = True
     """Whether the trainer samples in a way that `merge_for_rollout` speeds up."""
 
+    trains_on_rows: ClassVar[bool] = True
+    """Whether each sample has a loss of its own, so that `keep_per_group` can leave some out."""
+
     output_dir: str = field(
         default="trainer_output", metadata={"help": "Directory of checkpoints, pictures and the evaluation history."}
     )
@@ -74,6 +77,13 @@ class AlignmentConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Leave groups whose members all have the same reward out of the loss (they are counted anyway)."
+        },
+    )
+    keep_per_group: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on so many samples of a group, half of them the best and half the worst, whose advantages remain "
+            "those within the whole group. An even number; default: all."
         },
     )
     reward_noise_level: list[float] = field(
@@ -224,8 +234,23 @@ class AlignmentConfig(TrainingArguments):
             isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
         ):
             raise ValueError(f"lora_target_modules must be a list of names of layers, or null, got {targets!r}")
+        self._check_selection()
         check_choice("scale_rewards", self.scale_rewards, get_args(ScaleRewards))
         check_choice("multi_objective_aggregation", self.multi_objective_aggregation, get_args(Aggregation))
+
+    def _check_selection(self) -> None:
+        if self.keep_per_group is None:
+            return
+        check_int(self, "keep_per_group", 2)
+        if self.keep_per_group % 2 or self.keep_per_group > self.num_generations:
+            raise ValueError(
+                f"keep_per_group must be an even number of at most num_generations={self.num_generations} (half of it best, "
+                f"half worst), got {self.keep_per_group}; or None to train on all"
+            )
+        if not self.trains_on_rows:
+            raise ValueError(
+                f"keep_per_group does nothing under {type(self).__name__}, whose loss is not one of single samples; drop it"
+            )
 
     @property
     def needs_reference(self) -> bool:

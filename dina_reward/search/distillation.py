@@ -32,6 +32,7 @@ class SearchDistillationConfig(ForwardProcessConfig):
     """Settings of `SearchDistillationTrainer`."""
 
     merges_for_rollout: ClassVar[bool] = False  # the reward scores between the steps of a search
+    trains_on_rows: ClassVar[bool] = False
 
     num_generations: int = field(default=2, metadata={"help": "Samples per prompt that search keeps to train on."})
     search_method: str = field(

@@ -26,7 +26,7 @@ from tests.tiny_models import tiny_sd3_pipeline, tiny_sd_pipeline
 
 PIXELS = 32
 LATENT_SHAPE = (16, 4, 4)
-UNET: dict[str, Any] = {"sde_type": "ddim", "eta": 1.0, "max_sequence_length": None, "height": 64, "width": 64}
+UNET: dict[str, Any] = {"sde_type": "ddim", "eta": 1.0, "max_sequence_length": None}
 ALGORITHMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "grpo": (DiffusionGRPOTrainer, DiffusionGRPOConfig, {"beta": 0.1}),
     "ddpo": (

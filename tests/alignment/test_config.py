@@ -5,7 +5,7 @@ import logging
 import pytest
 from trl import TrlParser
 
-from dina_reward.alignment import DDPOConfig, DiffusionGRPOConfig
+from dina_reward.alignment import DDPOConfig, DiffusionGRPOConfig, OnlineDPOConfig, RewardBackpropConfig
 from tests.alignment.helpers import tiny_config
 
 
@@ -37,6 +37,9 @@ def test_derived_defaults(tmp_path):
         ({"num_generations": 5}, "Set steps_per_generation to 5 .* or num_generations to 4 or 6"),
         ({"kl_kind": "kl"}, "unknown kl_kind 'kl'; choose one of step, velocity, flow_grpo"),
         ({"loss_type": "dpo"}, "unknown loss_type 'dpo'"),
+        ({"keep_per_group": 3}, "keep_per_group must be an even number of at most num_generations=4 .*, got 3"),
+        ({"keep_per_group": 6}, "keep_per_group must be an even number of at most num_generations=4"),
+        ({"keep_per_group": 2.0}, "keep_per_group must be an integer of at least 2, got 2.0"),
         ({"scale_rewards": "std"}, "unknown scale_rewards 'std'"),
         ({"multi_objective_aggregation": "sum"}, "unknown multi_objective_aggregation 'sum'"),
         ({"sde_window_range": [0, 5]}, "includes the last of 5 steps"),
@@ -134,3 +137,9 @@ def test_geometry_of_a_launch_with_more_processes(tmp_path):
         ValueError, match="12 rows .* x 1 processes .* num_generations 24.* Set steps_per_generation to 4"
     ):
         tiny_config(tmp_path, num_generations=24)
+
+
+@pytest.mark.parametrize("cls", [OnlineDPOConfig, RewardBackpropConfig])
+def test_losses_of_more_than_single_samples_keep_whole_groups(tmp_path, cls):
+    with pytest.raises(ValueError, match=f"keep_per_group does nothing under {cls.__name__}"):
+        cls(str(tmp_path), use_cpu=True, num_generations=2, keep_per_group=2)

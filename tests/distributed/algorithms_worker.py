@@ -15,6 +15,9 @@ NAMES = {
 }
 """Algorithms of each job; those of the second run with the slow tests."""
 
+SETTINGS = {"nft": {"keep_per_group": 2}}
+"""Settings that split a generation in ways of their own."""
+
 COUNTS = ("denoiser_calls", "denoiser_calls/rollout", "denoiser_calls/update", "reward_calls", "decoder_calls")
 
 
@@ -22,7 +25,12 @@ def run(output_dir: Path, batch_size: int, job: str) -> dict[str, dict[str, obje
     """Two generations with every algorithm of a job."""
     results: dict[str, dict[str, object]] = {}
     for name in NAMES[job]:
-        settings = {"per_device_train_batch_size": batch_size, "max_steps": 4, "learning_rate": 1e-3}
+        settings = {
+            "per_device_train_batch_size": batch_size,
+            "max_steps": 4,
+            "learning_rate": 1e-3,
+            **SETTINGS.get(name, {}),
+        }
         trainer = algorithm_trainer(name, output_dir / name, **settings)
         trainer.train()
         averaged = {}

@@ -18,7 +18,7 @@ from dina_reward.alignment.experience.diversity import diversity
 from dina_reward.alignment.experience.overlap import scoring
 from dina_reward.alignment.experience.rewards import RewardSet
 from dina_reward.alignment.experience.silence import SilentRewards
-from dina_reward.alignment.objectives.advantages import Advantages, compute_advantages
+from dina_reward.alignment.objectives.advantages import Advantages, compute_advantages, extremes
 from dina_reward.alignment.objectives.credit import gains_to_go
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.prompts import PromptRollouts
@@ -57,7 +57,7 @@ class Experience:
 
     Args:
         generation (`int`): which one.
-        rows (`range`): row numbers in the generation batch.
+        rows (`Sequence[int]`): row numbers in the generation batch.
         rollout (`Rollout`): samples and recorded steps.
         prompts (`list[str]`): one per row.
         conditioning (`Conditioning`): the different prompts of this rank's part of the generation batch.
@@ -73,7 +73,7 @@ class Experience:
     """
 
     generation: int
-    rows: range
+    rows: Sequence[int]
     rollout: Rollout
     prompts: list[str]
     conditioning: Conditioning
@@ -92,6 +92,27 @@ class Experience:
     def conditioning_rows(self) -> Conditioning:
         """Encoded prompts, one row per sample."""
         return self.conditioning[self.prompt_index]
+
+    def without_unused(self) -> Experience:
+        """The rows that count in the loss, so weighted that its mean over them is the one over all rows.
+
+        Where no row counts, one stays, with weight 0, since all ranks make the same backward passes.
+        """
+        index = self.weights.nonzero()[:, 0].cpu()
+        index = torch.zeros(1, dtype=torch.int64) if len(index) == 0 else index
+        chosen, on_device = index.tolist(), index.to(self.weights.device)
+        return replace(
+            self,
+            rows=[self.rows[row] for row in chosen],
+            rollout=self.rollout.of_rows(index),
+            prompts=[self.prompts[row] for row in chosen],
+            prompt_index=[self.prompt_index[row] for row in chosen],
+            rewards=self.rewards[on_device],
+            advantages=self.advantages[on_device],
+            weights=self.weights[on_device] * (len(chosen) / len(self.weights)),
+            step_advantages={step: values[on_device] for step, values in self.step_advantages.items()},
+            reference={step: values[on_device] for step, values in self.reference.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -334,6 +355,8 @@ class ExperienceMaker:
         kept = result.valid.clone()
         if self.args.filter_zero_std_groups:
             kept &= ~result.zero_std
+        if self.args.keep_per_group is not None:
+            kept &= extremes(result.advantages, result.valid, self.args.num_generations, self.args.keep_per_group)
         weights = kept.float()
         return weights / weights.mean().clamp(min=1e-12)
 

@@ -108,6 +108,24 @@ def compute_advantages(
     )
 
 
+def extremes(advantages: Tensor, valid: Tensor, group_size: int, keep: int) -> Tensor:
+    """Which rows are among the ``keep / 2`` best or worst of their group, shape ``(rows,)``, bool.
+
+    Best-of-N training of DanceGRPO (arXiv 2505.07818): the middle of a group says little and costs as much. Of equal rows,
+    the first is the best; rows that are not valid are never taken.
+
+    Args:
+        advantages: shape ``(rows,)``; members of a group are neighbours.
+        valid: whether the row has a reward, same shape, bool.
+        group_size: rows per group.
+        keep: even number of rows per group.
+    """
+    groups, counts = advantages.where(valid, -torch.inf).view(-1, group_size), valid.view(-1, group_size).sum(1, True)
+    rank = groups.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    best, worst = rank < keep // 2, (rank >= counts - keep // 2) & (rank < counts)
+    return ((best & (rank < counts)) | worst).flatten()
+
+
 class PerPromptStatTracker:
     """Rewards of each prompt over the last generations, DDPO (arXiv 2305.13301).
 

@@ -48,6 +48,21 @@ class Rollout:
         """The recorded steps, in order."""
         return tuple(sorted(self.log_probs))
 
+    def of_rows(self, index: Tensor) -> Rollout:
+        """The samples at some positions, int64, shape ``(rows,)``."""
+
+        def chosen(steps: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {step: values[index.to(values.device)] for step, values in steps.items()}
+
+        return Rollout(
+            self.latents[index.to(self.latents.device)],
+            chosen(self.states),
+            chosen(self.log_probs),
+            chosen(self.means),
+            chosen(self.clean),
+            self.stochastic,
+        )
+
 
 def check_sde_window(num_inference_steps: int, size: int, window_range: tuple[int, int]) -> None:
     """Refuses a window that is empty, does not fit into its range, or could contain the last step.

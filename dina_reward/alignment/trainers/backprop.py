@@ -156,6 +156,7 @@ class RewardBackpropConfig(AlignmentConfig):
     """
 
     merges_for_rollout: ClassVar[bool] = False  # gradients reach the LoRA through the samples
+    trains_on_rows: ClassVar[bool] = False
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})
     num_generations: int = field(default=1, metadata={"help": "Samples per prompt."})

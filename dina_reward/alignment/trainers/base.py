@@ -296,7 +296,9 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
                 )
             self._experience = {}
             experience, metrics = self.make_experience(generation)
-            self._generation, self._experience = generation, {part.rows.start: part for part in experience}
+            selects = self.args.keep_per_group is not None
+            self._experience = {part.rows[0]: part.without_unused() if selects else part for part in experience}
+            self._generation = generation
             for name, value in metrics.items():
                 self._metrics[name].append(value)
         return self._experience[first_row]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ DPOLossType = Literal["sigmoid", "ipo", "soft"]
 @dataclass
 class OnlineDPOConfig(ForwardProcessConfig):
     """Settings of online Diffusion-DPO (arXiv 2311.12908)."""
+
+    trains_on_rows: ClassVar[bool] = False  # pairs are the best and the worst already, see num_pairs
 
     loss_type: DPOLossType = field(
         default="sigmoid",
@@ -155,7 +157,7 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         pairs = form_pairs(
             experience.rewards, args.num_generations, num_pairs=args.num_pairs, min_margin=args.min_margin
         )
-        first_pair = experience.rows.start // args.num_generations * args.num_pairs
+        first_pair = experience.rows[0] // args.num_generations * args.num_pairs
         keys = range(first_pair, first_pair + len(pairs.chosen))
         noise, point = self.draw(experience, position, keys)
         rows = torch.cat([pairs.chosen, pairs.rejected])

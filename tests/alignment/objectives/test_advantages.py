@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dina_reward.alignment.objectives.advantages import PerPromptStatTracker, compute_advantages
+from dina_reward.alignment.objectives.advantages import PerPromptStatTracker, compute_advantages, extremes
 
 
 NAN = math.nan
@@ -298,3 +298,21 @@ def test_tracker_sizes():
     for sizes in ((0, 1), (1, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             PerPromptStatTracker(*sizes)
+
+
+def test_extremes_are_the_best_and_the_worst_of_each_group():
+    advantages = torch.tensor([0.1, -2.0, 3.0, 0.2, -1.0, 0.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    valid = torch.ones(12, dtype=torch.bool)
+    assert extremes(advantages, valid, 6, 2).nonzero()[:, 0].tolist() == [1, 2, 6, 11]
+    assert extremes(advantages, valid, 6, 4).nonzero()[:, 0].tolist() == [1, 2, 3, 4, 6, 7, 10, 11]
+    assert extremes(advantages, valid, 6, 6).all()
+
+
+def test_extremes_of_equal_rewards_are_as_many():
+    assert extremes(torch.zeros(8), torch.ones(8, dtype=torch.bool), 4, 2).view(2, 4).sum(dim=1).tolist() == [2, 2]
+
+
+def test_rows_without_a_reward_are_no_extremes():
+    valid = torch.tensor([True, False, True, False, False, False, True, False])
+    chosen = extremes(torch.tensor([1.0, 9.0, -1.0, -9.0, 2.0, 2.0, 0.0, 1.0]), valid, 4, 4)
+    assert torch.equal(chosen, valid)

@@ -261,6 +261,34 @@ def test_a_checkpoint_without_old_policy_is_refused(tmp_path):
         nft_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_kept_rows_train_like_all_rows_with_the_others_at_weight_zero(tmp_path):
+    # Groups of 4 lie across micro-batches of 6, so these keep different numbers of rows.
+    settings = {"per_device_train_batch_size": 6, "keep_per_group": 2, "beta_kl": 0.1}
+    trainer = nft_trainer(tmp_path, **settings)
+    parts, _ = trainer.make_experience(0)
+    weights = torch.cat([part.weights for part in parts])
+    assert sorted(weights.tolist()) == [0.0] * 6 + [2.0] * 6
+    chosen = torch.cat([part.advantages for part in parts]).view(3, 4)
+    best = torch.stack([chosen.argmax(dim=1), chosen.argmin(dim=1)], dim=1) + 4 * torch.arange(3)[:, None]
+    assert weights.nonzero()[:, 0].tolist() == sorted(best.flatten().tolist())
+    perturb(trainer, 0.1)
+    for part in parts:
+        kept = part.without_unused()
+        assert len(kept.rows) == int((part.weights > 0).sum()) == len(kept.prompts)
+        full, short = (trainer.step_loss(trainer.model, each, 1).loss for each in (part, kept))
+        torch.testing.assert_close(short, full)
+
+
+def test_kept_rows_alone_are_computed(tmp_path):
+    spent = {}
+    for keep in (None, 2):
+        trainer = nft_trainer(tmp_path, keep_per_group=keep)
+        trainer.train()
+        spent[keep] = trainer.costs.costs().as_metrics()
+    assert spent[2]["denoiser_calls/update"] == spent[None]["denoiser_calls/update"] / 2
+    assert spent[2]["reward_calls"] == spent[None]["reward_calls"]
+
+
 def test_the_final_model_has_no_old_policy(tmp_path):
     trainer = nft_trainer(tmp_path)
     trainer.train()
