@@ -64,6 +64,7 @@ ENTRIES = {
         overrides={**FROZEN, "reward_model_path": "ENSEMBLE", "reward_kappa": 1.0, "reward_spread": "heads"},
     ),
     "refresh": Entry("tab:red"),
+    "refresh, KL": Entry("tab:purple", overrides={"beta_kl": 0.03}),
     "refresh, conservative": Entry("tab:red", "--", CAUTIOUS),
     "judge in the loop": Entry(
         "tab:blue",
