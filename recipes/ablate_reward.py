@@ -1,6 +1,6 @@
 """The method's claims, measured where the truth is known: rewards of eight kinds on the embedded world, two seeds each.
 
-    python recipes/ablate_reward.py --output outputs/ablation    # restartable; some 50 minutes on two cores
+    python recipes/ablate_reward.py --output outputs/ablation    # restartable; 49 minutes on two cores
 
 | variant | likelihood | loss | levels in training | backbone |
 |---|---|---|---|---|
@@ -192,7 +192,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ensembles.set_yticks(range(len(names)), names, fontsize=8)
     ensembles.invert_yaxis()
     ensembles.axvline(0, color="0.3", lw=0.8)
-    aligned.set(title="alignment with the reward: change in the oracle's view (points)")
+    aligned.set(title="what alignment changes (oracle, points)")
     aligned.set_xticks([0, 1], ["fit", "cleanness"])
     aligned.axhline(0, color="0.3", lw=0.8)
     for panel in (*by_level, ensembles, aligned):
