@@ -316,3 +316,5 @@ def test_rows_without_a_reward_are_no_extremes():
     valid = torch.tensor([True, False, True, False, False, False, True, False])
     chosen = extremes(torch.tensor([1.0, 9.0, -1.0, -9.0, 2.0, 2.0, 0.0, 1.0]), valid, 4, 4)
     assert torch.equal(chosen, valid)
+    three = torch.tensor([True, True, False, True])
+    assert extremes(torch.tensor([1.0, 0.0, -9.0, -1.0]), three, 4, 2).tolist() == [True, False, False, True]
