@@ -83,7 +83,8 @@ class AlignmentConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Train on so many samples of a group, half of them the best and half the worst, whose advantages remain "
-            "those within the whole group. An even number; default: all."
+            "those within the whole group. An even number; default: all. As what is left is replayed in smaller "
+            "batches, ratios start at 1 up to rounding."
         },
     )
     reward_noise_level: list[float] = field(

@@ -6,6 +6,7 @@ import pytest
 from trl import TrlParser
 
 from dina_reward.alignment import DDPOConfig, DiffusionGRPOConfig, OnlineDPOConfig, RewardBackpropConfig
+from dina_reward.search.distillation import SearchDistillationConfig
 from tests.alignment.helpers import tiny_config
 
 
@@ -139,7 +140,7 @@ def test_geometry_of_a_launch_with_more_processes(tmp_path):
         tiny_config(tmp_path, num_generations=24)
 
 
-@pytest.mark.parametrize("cls", [OnlineDPOConfig, RewardBackpropConfig])
+@pytest.mark.parametrize("cls", [OnlineDPOConfig, RewardBackpropConfig, SearchDistillationConfig])
 def test_losses_of_more_than_single_samples_keep_whole_groups(tmp_path, cls):
     with pytest.raises(ValueError, match=f"keep_per_group does nothing under {cls.__name__}"):
         cls(str(tmp_path), use_cpu=True, num_generations=2, keep_per_group=2)

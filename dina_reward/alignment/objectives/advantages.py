@@ -122,8 +122,7 @@ def extremes(advantages: Tensor, valid: Tensor, group_size: int, keep: int) -> T
     """
     groups, counts = advantages.where(valid, -torch.inf).view(-1, group_size), valid.view(-1, group_size).sum(1, True)
     rank = groups.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    best, worst = rank < keep // 2, (rank >= counts - keep // 2) & (rank < counts)
-    return ((best & (rank < counts)) | worst).flatten()
+    return (((rank < keep // 2) | (rank >= counts - keep // 2)) & (rank < counts)).flatten()
 
 
 class PerPromptStatTracker:
