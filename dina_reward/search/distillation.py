@@ -88,7 +88,7 @@ class SearchDistillationTrainer(ForwardProcessTrainer):
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
         """Weighted squared error of the prediction, of one micro-batch at one draw of levels and noise."""
         latents = experience.rollout.latents
-        noise, point = self.draw(experience, position, experience.rows)
+        noise, point = self.draw(experience, [position], experience.rows)
         noisy = self.forward_process.noisy(latents, noise, point).to(self.policy.storage_dtype)
         target = self.forward_process.target(latents, noise, point)
         predict = self.policy.bind(experience.conditioning_rows(), experience.negative, model)

@@ -53,7 +53,7 @@ def test_the_loss_is_the_weighted_denoising_error(tmp_path: Path) -> None:
     (part, _), _ = made.make_experience(0)
     with torch.no_grad():
         output = made.step_loss(made.policy.denoiser, part, 0)
-        noise, point = made.draw(part, 0, part.rows)
+        noise, point = made.draw(part, [0], part.rows)
         level = point.level.view(-1, 1, 1, 1)
         noisy = (1 - level) * part.rollout.latents + level * noise
         velocity = made.policy.bind(part.conditioning_rows(), None)(noisy, point.timestep)

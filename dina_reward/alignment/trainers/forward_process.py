@@ -231,10 +231,12 @@ class ForwardProcessTrainer(AlignmentTrainer):
         """One loss per training level."""
         return self.args.num_train_timesteps
 
-    def draw(self, experience: Experience, position: int, keys: Sequence[int]) -> tuple[Tensor, NoisePoint]:
-        """Noise, shape ``(len(keys), ...)``, and grid points of one loss, on the device."""
-        device = self.accelerator.device
-        at = (experience.generation, self._iteration, position, keys)
-        point = self.training_noise.points(*at)
-        noise = self.training_noise.noise(*at, experience.rollout.latents.shape[1:])
-        return noise.to(device), NoisePoint(point.level.to(device), point.timestep.to(device))
+    def draw(self, experience: Experience, positions: Sequence[int], keys: Sequence[int]) -> tuple[Tensor, NoisePoint]:
+        """Noise, shape ``(len(positions) * len(keys), ...)``, and grid points of some losses, one after the other."""
+        device, shape = self.accelerator.device, experience.rollout.latents.shape[1:]
+        at = [(experience.generation, self._iteration, position, keys) for position in positions]
+        points = [self.training_noise.points(*place) for place in at]
+        noise = torch.cat([self.training_noise.noise(*place, shape) for place in at])
+        level = torch.cat([point.level for point in points])
+        timestep = torch.cat([point.timestep for point in points])
+        return noise.to(device), NoisePoint(level.to(device), timestep.to(device))

@@ -17,7 +17,7 @@ from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.prompts import PromptDataset
 from dina_reward.alignment.trainers.forward_process import ForwardProcess, ForwardProcessConfig, ForwardProcessTrainer
-from dina_reward.checks.values import check_real
+from dina_reward.checks.values import check_int, check_real
 from dina_reward.noise import NoisePoint
 from dina_reward.reward_functions import RewardFunction
 
@@ -56,13 +56,36 @@ class DiffusionNFTConfig(ForwardProcessConfig):
         metadata={"help": "Weight of the mean squared distance to the reference's prediction. 0 builds no reference."},
     )
 
+    timesteps_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of the num_train_timesteps, how many share a forward and a backward pass. By default as many as fill "
+            "the rows of a micro-batch that keep_per_group leaves out."
+        },
+    )
+
     @property
     def needs_reference(self) -> bool:
         """Whether the loss evaluates the model as it was before training."""
         return self.beta_kl > 0
 
+    def joint_timesteps(self) -> int:
+        """`timesteps_per_forward`, or what it is by default: the same number on every rank."""
+        if self.timesteps_per_forward is not None:
+            return self.timesteps_per_forward
+        if self.keep_per_group is None or self.per_device_train_batch_size % self.num_generations:
+            return 1
+        return _largest_divisor(self.num_train_timesteps, self.num_generations // self.keep_per_group)
+
     def _check_numbers(self) -> None:
         super()._check_numbers()
+        if self.timesteps_per_forward is not None:
+            check_int(self, "timesteps_per_forward", 1)
+            if self.num_train_timesteps % self.timesteps_per_forward:
+                raise ValueError(
+                    f"timesteps_per_forward is {self.timesteps_per_forward}, which does not divide num_train_timesteps="
+                    f"{self.num_train_timesteps}"
+                )
         for name in ("nft_beta", "advantage_clip"):
             check_real(self, name, 1e-6, float("inf"))
         check_real(self, "old_policy_decay_rate", 0.0, 1.0)
@@ -105,17 +128,24 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
             experience, metrics = super().make_experience(generation)
         return experience, {**metrics, "old_policy_decay": self.old_policy.decay}
 
+    def num_losses(self, experience: Experience) -> int:
+        """One loss for the training levels that share a pass."""
+        return super().num_losses(experience) // self.args.joint_timesteps()
+
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
-        """`nft_loss`, plus the KL penalty, of one micro-batch at one draw of levels and noise."""
-        latents = experience.rollout.latents.to(self.accelerator.device)
-        noise, point = self.draw(experience, position, experience.rows)
+        """`nft_loss`, plus the KL penalty, of one micro-batch at the levels of a pass, each under noise of its own."""
+        together = self.args.joint_timesteps()
+        noise, point = self.draw(experience, range(position * together, (position + 1) * together), experience.rows)
+        latents = experience.rollout.latents.to(self.accelerator.device).repeat(together, *[1] * (noise.dim() - 1))
         noisy = self.forward_process.noisy(latents, noise, point).to(self.policy.storage_dtype)
-        conditioning = experience.conditioning_rows()
+        conditioning = experience.conditioning[experience.prompt_index * together]
+        weights = experience.weights.repeat(together)
         bound = self.policy.bind(conditioning, experience.negative)
-        reference = None
+        old_prediction = reference = None
         with torch.no_grad():
-            with self.old_policy.weights():
-                old_prediction = bound(noisy, point.timestep)
+            if not self.old_policy.is_current:
+                with self.old_policy.weights():
+                    old_prediction = bound(noisy, point.timestep)
             if self.args.beta_kl > 0:
                 with self.policy.reference():
                     reference = bound(noisy, point.timestep)
@@ -126,15 +156,15 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
             noisy=noisy,
             point=point,
             prediction=prediction,
-            old_prediction=old_prediction,
-            advantages=experience.advantages,
-            weights=experience.weights,
+            old_prediction=prediction if old_prediction is None else old_prediction,
+            advantages=experience.advantages.repeat(together),
+            weights=weights,
             nft_beta=self.args.nft_beta,
             advantage_clip=self.args.advantage_clip,
         )
         if reference is None:
             return output
-        kl = (experience.weights * _row_mean((prediction - reference) ** 2)).mean()
+        kl = (weights * _row_mean((prediction - reference) ** 2)).mean()
         return ObjectiveOutput(
             output.loss + self.args.beta_kl * self.tightness * kl, {**output.metrics, "kl": kl.detach()}
         )
@@ -157,7 +187,8 @@ class OldPolicy(TrainerCallback):
     """The policy that samples: ``theta_old <- eta_i theta_old + (1 - eta_i) theta`` after generation ``i = 1, 2, ...``.
 
     ``eta_i = min(old_policy_decay_rate * i, old_policy_decay_max)``; with ``eta = 0`` it is the trained policy at the start
-    of each generation. Its number of updates follows from the optimizer steps made.
+    of each generation. Its number of updates follows from the optimizer steps made. While it is the trained policy itself
+    (`is_current`: with ``eta = 0``, until a generation's first optimizer step), losses need no prediction of its own.
 
     Args:
         policy (`Policy`): the trained one.
@@ -168,6 +199,7 @@ class OldPolicy(TrainerCallback):
         self.policy = policy
         self.args = args
         self.decay = 0.0
+        self.is_current = True
         self._tensors: list[Tensor] | None = None
         self._restored = False
 
@@ -177,21 +209,23 @@ class OldPolicy(TrainerCallback):
 
     def restore(self, tensors: list[Tensor]) -> None:
         """Takes over the old weights of a checkpoint, a `Policy.snapshot`, for the training that begins next."""
-        self._tensors, self._restored = tensors, True
+        self._tensors, self._restored, self.is_current = tensors, True, False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts as a copy of the policy, unless it has just been read from a checkpoint."""
+        self.decay = self.decay_after(self._generations(state)) if state.global_step else 0.0
+        self.is_current = not self._restored or self.decay == 0
         if not self._restored:
             self._tensors = self.policy.snapshot()
         self._restored = False
-        self.decay = self.decay_after(self._generations(state)) if state.global_step else 0.0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Moves towards the trained policy when an optimizer step ends a generation."""
+        self.is_current = False
         micro = self.args.micro_steps_per_generation
         if self._tensors is None or state.global_step * self.args.gradient_accumulation_steps % micro:
             return
@@ -199,6 +233,7 @@ class OldPolicy(TrainerCallback):
         with torch.no_grad():
             for old, new in zip(self._tensors, self.policy.snapshot(), strict=True):
                 old.lerp_(new, 1 - self.decay)
+        self.is_current = self.decay == 0
 
     def decay_after(self, generation: int) -> float:
         """``eta_i``, the share that is kept after the ``generation``-th generation, counted from 1."""
@@ -253,6 +288,10 @@ def nft_loss(
             "nft/old_policy_distance": ((prediction.detach() - old_prediction) ** 2).mean(),
         },
     )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
 def _relative_error(clean: Tensor, latents: Tensor) -> Tensor:

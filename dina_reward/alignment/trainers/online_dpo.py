@@ -159,7 +159,7 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         )
         first_pair = experience.rows[0] // args.num_generations * args.num_pairs
         keys = range(first_pair, first_pair + len(pairs.chosen))
-        noise, point = self.draw(experience, position, keys)
+        noise, point = self.draw(experience, [position], keys)
         rows = torch.cat([pairs.chosen, pairs.rejected])
         latents = experience.rollout.latents.to(self.accelerator.device)[rows]
         noise = torch.cat([noise, noise])

@@ -153,7 +153,7 @@ def test_levels_can_come_from_a_distribution(tmp_path):
     settings = {"train_level_distribution": "logit_normal", "train_level_mean": 1.5, "train_level_std": 1e-3}
     trainer = nft_trainer(tmp_path, **settings)
     experience, _ = trainer.make_experience(0)
-    _, point = trainer.draw(experience[0], 0, range(8))
+    _, point = trainer.draw(experience[0], [0], range(8))
     assert isinstance(point, NoisePoint)
     torch.testing.assert_close(point.level, torch.full((8,), 1.5).sigmoid(), atol=2e-3, rtol=0)
 

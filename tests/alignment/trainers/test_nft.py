@@ -153,7 +153,7 @@ def test_step_loss_uses_old_weights_and_reference(tmp_path, guidance_scale):
     trainer = nft_trainer(tmp_path, beta_kl=0.25, nft_beta=0.3, guidance_scale=guidance_scale)
     trainer.tightness = 2.0  # after an alarm the penalty counts twice
     (experience, *_), _ = trainer.make_experience(0)
-    noise, point = trainer.draw(experience, 1, experience.rows)
+    noise, point = trainer.draw(experience, [1], experience.rows)
     latents = experience.rollout.latents
     noisy = trainer.forward_process.noisy(latents, noise, point)
     reference = predictions(trainer, experience, noisy, point.timestep)
@@ -221,13 +221,13 @@ def test_on_policy_sampling(tmp_path):
         assert torch.equal(old, new)
 
 
-@pytest.mark.parametrize("train_full_model", [False, True])
-def test_resume_is_bit_exact(tmp_path, train_full_model):
+@pytest.mark.parametrize(("train_full_model", "decay"), [(False, 0.3), (True, 0.3), (False, 0.0)])
+def test_resume_is_bit_exact(tmp_path, train_full_model, decay):
     settings = {
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 2,
-        "old_policy_decay_rate": 0.3,
+        "old_policy_decay_rate": decay,
         "train_full_model": train_full_model,
         "learning_rate": 1e-3,
     }
@@ -243,10 +243,8 @@ def test_resume_is_bit_exact(tmp_path, train_full_model):
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     for old, other in zip(straight.old_policy._tensors, resumed.old_policy._tensors, strict=True):
         assert torch.equal(old, other)
-    assert any(
-        not torch.equal(old, new)
-        for old, new in zip(resumed.old_policy._tensors, resumed.policy.snapshot(), strict=True)
-    )
+    same = all(map(torch.equal, resumed.old_policy._tensors, resumed.policy.snapshot()))
+    assert same == resumed.old_policy.is_current == (decay == 0)
     for name in ("reward", "loss", "grad_norm", "old_policy_decay"):
         assert logged(straight, name)[-1:] == logged(resumed, name)[-1:]
 
@@ -287,6 +285,65 @@ def test_kept_rows_alone_are_computed(tmp_path):
         spent[keep] = trainer.costs.costs().as_metrics()
     assert spent[2]["denoiser_calls/update"] == spent[None]["denoiser_calls/update"] / 2
     assert spent[2]["reward_calls"] == spent[None]["reward_calls"]
+
+
+def test_timesteps_that_share_a_forward_give_the_mean_of_their_losses(tmp_path):
+    settings = {"beta_kl": 0.1, "num_train_timesteps": 4}
+    together = nft_trainer(tmp_path, timesteps_per_forward=2, **settings)
+    apart = nft_trainer(tmp_path, **settings)
+    for trainer in (together, apart):
+        trainer.old_policy.restore(trainer.policy.snapshot())
+        perturb(trainer, 0.1)
+    (experience, *_), _ = apart.make_experience(0)
+    assert (together.num_losses(experience), apart.num_losses(experience)) == (2, 4)
+    for position in range(2):
+        joint = together.step_loss(together.model, experience, position)
+        single = [apart.step_loss(apart.model, experience, 2 * position + number) for number in range(2)]
+        torch.testing.assert_close(joint.loss, (single[0].loss + single[1].loss) / 2)
+        for name, value in joint.metrics.items():
+            torch.testing.assert_close(value, (single[0].metrics[name] + single[1].metrics[name]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 1),
+        ({"keep_per_group": 2}, 2),
+        ({"keep_per_group": 2, "num_train_timesteps": 3}, 1),
+        ({"keep_per_group": 2, "num_train_timesteps": 6, "num_generations": 8}, 3),
+        # Groups lie across micro-batches, so some of these have more rows than others.
+        ({"keep_per_group": 2, "per_device_train_batch_size": 6}, 1),
+        ({"keep_per_group": 2, "timesteps_per_forward": 1}, 1),
+    ],
+)
+def test_timesteps_share_a_forward_where_rows_are_left_out(tmp_path, settings, expected):
+    settings = {"num_train_timesteps": 4, **settings}
+    assert DiffusionNFTConfig(**forward_settings(tmp_path, **settings)).joint_timesteps() == expected
+
+
+def test_timesteps_per_forward_must_divide(tmp_path):
+    with pytest.raises(ValueError, match="timesteps_per_forward is 3, which does not divide num_train_timesteps=4"):
+        DiffusionNFTConfig(**forward_settings(tmp_path, num_train_timesteps=4, timesteps_per_forward=3))
+
+
+@pytest.mark.parametrize(("decay", "evaluations"), [(0.0, [0, 1, 0, 1]), (0.3, [0, 1, 1, 1])])
+def test_an_old_policy_that_is_the_trained_one_is_not_evaluated(tmp_path, decay, evaluations):
+    # Whether a step's losses evaluate the old policy: two optimizer steps to a generation.
+    trainer = nft_trainer(tmp_path, max_steps=4, num_train_timesteps=1, old_policy_decay_rate=decay)
+    step_loss, spent = trainer.step_loss, []
+
+    def counting(*args):
+        before = trainer.policy.calls.rollout
+        output = step_loss(*args)
+        spent.append((trainer.policy.calls.rollout - before) // 8)
+        if not spent[-1]:
+            assert trainer.old_policy.is_current
+            assert all(map(torch.equal, trainer.old_policy._tensors, trainer.policy.snapshot()))
+        return output
+
+    trainer.step_loss = counting
+    trainer.train()
+    assert spent == evaluations
 
 
 def test_the_final_model_has_no_old_policy(tmp_path):

@@ -122,7 +122,7 @@ def test_step_loss_compares_both_sides_under_the_same_noise(tmp_path, loss_type)
     (_, experience), _ = trainer.make_experience(0)
     pairs = form_pairs(experience.rewards, 4, num_pairs=2)
     # The second micro-batch begins with group 2, which is pair 4.
-    noise, point = trainer.draw(experience, 1, range(4, 8))
+    noise, point = trainer.draw(experience, [1], range(4, 8))
     process, sides = trainer.forward_process, []
     for adapted in (False, True):
         if adapted:
