@@ -1,12 +1,13 @@
 """How well a pipeline of the shapes world draws what it is told, in the oracle's eyes.
 
-`python -m dina_reward.shapes.evaluation` prints the figures of the shipped pipeline.
+`python -m dina_reward.shapes.evaluation` prints the figures of the shipped pipeline; with `--lora DIRECTORY`, aligned.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,12 +101,15 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Let the oracle judge the shipped pipeline.")
     parser.add_argument("--world", choices=[world.name for world in WORLDS], default="flow", help="which generator")
+    parser.add_argument("--lora", type=Path, help="directory of a LoRA that an alignment run has written")
     parser.add_argument("--count", type=int, default=480, help="samples for each split")
     parser.add_argument("--seed", type=int, default=0, help="seeds prompts and noise")
     parser.add_argument("--steps", type=int, help="sampler steps; the world's own number by default")
     parser.add_argument("--solver-order", type=int, default=1, help="1: Euler or DDIM, 2: DPM-Solver++(2M)")
     arguments = parser.parse_args()
     pipeline = load_pipeline(arguments.world)
+    if arguments.lora is not None:
+        pipeline.load_lora_weights(arguments.lora)
     settings = {"seed": arguments.seed, "num_inference_steps": arguments.steps, "solver_order": arguments.solver_order}
     for split in ("train", "held_out"):
         print(f"{split}: {evaluate_pipeline(pipeline, split, arguments.count, **settings)}")

@@ -6,7 +6,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import dina_reward.shapes
-from dina_reward.shapes.evaluation import evaluate_pipeline
+from dina_reward.alignment.policy import Policy
+from dina_reward.shapes.evaluation import evaluate_pipeline, main
 from dina_reward.shapes.prompts import sample_prompts
 from dina_reward.shapes.shipped import load_pipeline, weights_dir
 
@@ -62,6 +63,20 @@ def test_few_steps_of_second_order_draw_cleaner_than_as_many_of_first(world):
 def test_second_order_takes_no_noise():
     with pytest.raises(ValueError, match="second order are deterministic, got eta"):
         evaluate_pipeline(load_pipeline(), count=2, eta=0.5, solver_order=2)
+
+
+def test_a_lora_is_what_the_command_evaluates(tmp_path, monkeypatch, capsys):
+    policy = Policy(load_pipeline(), rank=2, alpha=4)
+    with torch.no_grad():
+        for number, parameter in enumerate(policy.trainable_parameters().values()):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    policy.save_weights(str(tmp_path))
+    expected = str(evaluate_pipeline(policy.pipeline, "held_out", count=4, num_inference_steps=2))
+    monkeypatch.setattr("sys.argv", ["evaluation", "--count", "4", "--steps", "2", "--lora", str(tmp_path)])
+    main()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"held_out: {expected}"
+    assert expected != str(evaluate_pipeline(load_pipeline(), "held_out", count=4, num_inference_steps=2))
 
 
 # Size, colour, shape and background by chance are 1/2, 1/6, 1/4 and 1/3; the UNet does not hear shapes at all.
