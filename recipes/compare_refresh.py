@@ -2,7 +2,7 @@
 
     python recipes/compare_refresh.py --output outputs/refresh --jobs 2
 
-Every run is DiffusionNFT for four times the demo's length, in a process of its own; the oracle judges 144 held-out prompts
+Every run is DiffusionNFT for 180 generations, in a process of its own; the oracle judges 144 held-out prompts
 and is never trained on. Refreshes ask a labeller that errs. A run with that judge in the loop shows what it costs to do
 without a latent reward: its time is that of the run and a stated time per judgement. A second part distils a judge with a
 taste of its own (how high up the shape stands) from zero and aligns with it.

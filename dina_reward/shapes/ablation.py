@@ -30,7 +30,7 @@ from dina_reward.evaluation import (
 )
 from dina_reward.likelihood import PreferenceModel, ThurstoneModel, ensemble_level
 from dina_reward.reward import LatentReward
-from dina_reward.shapes.alignment import align
+from dina_reward.shapes.alignment import WHOLE_GROUPS, align
 from dina_reward.shapes.preferences import (
     LABEL_NOISE,
     NEGLIGIBLE_GAP,
@@ -252,7 +252,7 @@ def _align(variant: Variant, directory: Path, seed: int, iterations: int) -> dic
         evaluate_every=iterations,
         seed=seed,
         reward_path=directory / "reward" / "averaged",
-        reward_noise_level=[variant.use_level],
+        **{**WHOLE_GROUPS, "reward_noise_level": [variant.use_level]},
     )
     first, last = aligned.history[0].metrics, aligned.history[-1].metrics
     return {metric: [first[metric], last[metric]] for metric in first if metric in last and metric != "step"}

@@ -35,7 +35,7 @@ from dina_reward.shapes.text import MAX_PROMPT_TOKENS
 from dina_reward.shapes.worlds import World, get_world
 
 
-ITERATIONS = 45
+ITERATIONS = 70
 EVALUATION_PROMPTS = 144
 EVALUATION_IMAGES = 36
 OPTIMIZER_STEPS_PER_ITERATION = 2
@@ -47,12 +47,30 @@ NFT: Mapping[str, Any] = MappingProxyType(
         "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "num_train_timesteps": 4,
+        "num_generations": 8,
+        "keep_per_group": 4,
         "nft_beta": 1.0,
-        "old_policy_decay_rate": 0.001,
-        "old_policy_decay_max": 0.5,
+        "beta_kl": 0.005,
+        "scale_rewards": "batch",
+        "old_policy_decay_rate": 0.0,
+        "merge_for_rollout": True,
+        "reward_noise_level": [0.1],
     }
 )
 """Fields of `DiffusionNFTConfig` for the flow-matching generator."""
+
+WHOLE_GROUPS: Mapping[str, Any] = MappingProxyType(
+    {
+        "num_generations": 12,
+        "keep_per_group": None,
+        "beta_kl": 0.0,
+        "scale_rewards": "group",
+        "old_policy_decay_rate": 0.001,
+        "merge_for_rollout": False,
+        "reward_noise_level": [0.4],
+    }
+)
+"""What differs in runs that train on every sample: those of the ablation and of the comparison of search methods."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from dina_reward.search import (
     ZeroOrder,
     search,
 )
-from dina_reward.shapes.alignment import align, held_out_prompts
+from dina_reward.shapes.alignment import WHOLE_GROUPS, align, held_out_prompts
 from dina_reward.shapes.jobs import write_result
 from dina_reward.shapes.oracle import Oracle
 from dina_reward.shapes.pixel_reward import PixelReward
@@ -256,7 +256,7 @@ def run_variants(generator: str, output: Path, *, prompts: int, budget: int = VA
 
 def run_alignment(output: Path, iterations: int) -> None:
     """Aligns the flow-matching generator with its reward; the LoRA goes to ``alignment``."""
-    align(output / "alignment", iterations=iterations, evaluate_every=iterations)
+    align(output / "alignment", iterations=iterations, evaluate_every=iterations, **WHOLE_GROUPS)
     write_result(output / "alignment", {"iterations": iterations})
 
 
