@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from dina_reward.shapes import attack, weights_dir
+from dina_reward.shapes.worlds import World, world_of
+
+
+def _in_three_steps(world: World) -> World:
+    return replace(world, sample=partial(world.sample, num_inference_steps=3))
 
 
 @pytest.fixture
@@ -18,6 +25,7 @@ def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     refl, grpo = ({**run, **sampler} for run in (refl, grpo))
     monkeypatch.setattr(attack, "ATTACKS", {"refl": refl, "grpo": grpo})
     monkeypatch.setattr(attack, "SNAPSHOTS", (0.5, 1.0))
+    monkeypatch.setattr(attack, "world_of", lambda pipeline: _in_three_steps(world_of(pipeline)))
 
 
 @pytest.mark.parametrize("world", [pytest.param("flow", marks=pytest.mark.slow), "ddpm"])
