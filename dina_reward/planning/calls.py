@@ -76,10 +76,17 @@ def _policy_gradient(config: DiffusionGRPOConfig, guided: int) -> Calls:
     )
 
 
+def _old_policy_share(config: DiffusionNFTConfig) -> float:
+    """Share of losses that need the old policy: without decay it is the trained one until a generation's first step."""
+    if config.old_policy_decay_rate and config.old_policy_decay_max:
+        return 1.0
+    return 1 - min(1.0, config.gradient_accumulation_steps / config.micro_steps_per_generation)
+
+
 def _forward_process(config: ForwardProcessConfig, guided: int) -> Calls:
-    sampled, scored, share, besides = float(config.num_inference_steps), 1.0, 1.0, 0
+    sampled, scored, share, besides = float(config.num_inference_steps), 1.0, 1.0, 0.0
     if isinstance(config, DiffusionNFTConfig):
-        besides = 1 + config.needs_reference
+        besides = _old_policy_share(config) + config.needs_reference
     elif isinstance(config, OnlineDPOConfig):
         share, besides = 2 * config.num_pairs / config.num_generations, 1
     elif isinstance(config, SearchDistillationConfig):

@@ -23,8 +23,8 @@ HAND_COUNTED: list[tuple[str, dict[str, Any], int, int]] = [
     ("grpo", {"beta": 0.0, "num_iterations": 2, "max_steps": 4}, 12 * 5, 2 * 12 * 2),
     ("ddpo", {"sde_window_size": 4, "train_timestep_fraction": 0.5}, 12 * 5, 12 * 2),
     # Half of the samples train before the first optimizer step, while the old policy is the trained one.
-    ("nft", {"num_train_timesteps": 3}, 12 * 5 + 6 * 3, 12 * 3),
-    ("nft", {"num_train_timesteps": 3, "beta_kl": 0.1}, 12 * (5 + 3) + 6 * 3, 12 * 3),
+    ("nft", {"num_train_timesteps": 3, "old_policy_decay_rate": 0.0}, 12 * 5 + 6 * 3, 12 * 3),
+    ("nft", {"num_train_timesteps": 3, "old_policy_decay_max": 0.0, "beta_kl": 0.1}, 12 * (5 + 3) + 6 * 3, 12 * 3),
     ("online_dpo", {"num_train_timesteps": 3}, 12 * 5 + 4 * 2 * 3, 4 * 2 * 3),
     ("backprop", {"method": "refl"}, 2 * 6 * 4, 2 * 6),
     ("backprop", {"method": "refl", "beta": 0.1}, 2 * 6 * (4 + 1), 2 * 6),

@@ -51,3 +51,9 @@ def test_a_search_costs_its_budget() -> None:
 def test_other_configurations_are_refused() -> None:
     with pytest.raises(ValueError, match="no calls are known for AlignmentConfig"):
         calls_of(config_of(AlignmentConfig), passes)
+
+
+def test_an_old_policy_that_lags_is_evaluated_in_every_loss() -> None:
+    _, config_class, settings = ALGORITHMS["nft"]
+    calls = calls_of(config_of(config_class, **{**settings, "num_train_timesteps": 3}), passes)
+    assert (calls.rollout, calls.update) == (5 + 3, 3)
