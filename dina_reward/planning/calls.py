@@ -66,14 +66,20 @@ def _policy_gradient(config: DiffusionGRPOConfig, guided: int) -> Calls:
     trained = len(trained_steps(config.seed, 0, tuple(window), config.train_timestep_fraction))
     passes = config.num_inference_steps + trained * config.needs_reference
     updates = trained * config.num_iterations
+    kept = _kept_share(config)
     return Calls(
         rollout=guided * passes,
-        update=guided * updates,
+        update=guided * kept * updates,
         reward=1 + trained * (config.credit == "gain"),
-        graphs=guided,
+        graphs=guided * kept,
         passes=passes,
         gradient_passes=updates,
     )
+
+
+def _kept_share(config: AlignmentConfig) -> float:
+    """Share of the samples that are trained on."""
+    return 1.0 if config.keep_per_group is None else config.keep_per_group / config.num_generations
 
 
 def _old_policy_share(config: DiffusionNFTConfig) -> float:
@@ -84,8 +90,9 @@ def _old_policy_share(config: DiffusionNFTConfig) -> float:
 
 
 def _forward_process(config: ForwardProcessConfig, guided: int) -> Calls:
-    sampled, scored, share, besides = float(config.num_inference_steps), 1.0, 1.0, 0.0
+    sampled, scored, share, besides, together = float(config.num_inference_steps), 1.0, 1.0, 0.0, 1
     if isinstance(config, DiffusionNFTConfig):
+        share, together = _kept_share(config), config.joint_timesteps()
         besides = _old_policy_share(config) + config.needs_reference
     elif isinstance(config, OnlineDPOConfig):
         share, besides = 2 * config.num_pairs / config.num_generations, 1
@@ -97,9 +104,9 @@ def _forward_process(config: ForwardProcessConfig, guided: int) -> Calls:
         rollout=guided * (sampled + share * updates * besides),
         update=guided * share * updates,
         reward=scored,
-        graphs=guided * share,
-        passes=sampled + updates * besides,
-        gradient_passes=updates,
+        graphs=guided * share * together,
+        passes=sampled + updates * besides / together,
+        gradient_passes=updates / together,
     )
 
 

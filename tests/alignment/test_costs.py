@@ -19,6 +19,7 @@ from tests.alignment.helpers import algorithm_trainer, closeness, logged, tiny_t
 HAND_COUNTED: list[tuple[str, dict[str, Any], int, int]] = [
     ("grpo", {"beta": 0.0}, 12 * 5, 12 * 2),
     ("grpo", {"beta": 0.1}, 12 * (5 + 2), 12 * 2),
+    ("grpo", {"beta": 0.1, "keep_per_group": 2}, 12 * (5 + 2), 6 * 2),
     ("grpo", {"beta": 0.1, "guidance_scale": 2.0}, 2 * 12 * (5 + 2), 2 * 12 * 2),
     ("grpo", {"beta": 0.0, "num_iterations": 2, "max_steps": 4}, 12 * 5, 2 * 12 * 2),
     ("ddpo", {"sde_window_size": 4, "train_timestep_fraction": 0.5}, 12 * 5, 12 * 2),

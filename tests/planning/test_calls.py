@@ -57,3 +57,12 @@ def test_an_old_policy_that_lags_is_evaluated_in_every_loss() -> None:
     _, config_class, settings = ALGORITHMS["nft"]
     calls = calls_of(config_of(config_class, **{**settings, "num_train_timesteps": 3}), passes)
     assert (calls.rollout, calls.update) == (5 + 3, 3)
+
+
+def test_samples_that_are_left_out_make_room_for_joint_levels() -> None:
+    _, config_class, settings = ALGORITHMS["nft"]
+    few = {"num_train_timesteps": 4, "keep_per_group": 2, "per_device_train_batch_size": 8, "beta_kl": 0.1}
+    calls = calls_of(config_of(config_class, **{**settings, **few}), passes)
+    # Half of the rows, two levels at a time, each with an old policy and a reference.
+    assert (calls.rollout, calls.update, calls.graphs) == (5 + 2 * 2, 2, 1)
+    assert (calls.passes, calls.gradient_passes) == (5 + 2 * 2, 2)

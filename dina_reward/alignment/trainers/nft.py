@@ -55,7 +55,6 @@ class DiffusionNFTConfig(ForwardProcessConfig):
         default=0.0,
         metadata={"help": "Weight of the mean squared distance to the reference's prediction. 0 builds no reference."},
     )
-
     timesteps_per_forward: int | None = field(
         default=None,
         metadata={
