@@ -25,8 +25,8 @@ class AlignmentConfig(TrainingArguments):
     ``steps_per_generation x num_iterations / gradient_accumulation_steps`` optimizer steps.
     """
 
-    merges_for_rollout: ClassVar[bool] = True
-    """Whether the trainer samples in a way that `merge_for_rollout` speeds up."""
+    samples_ahead: ClassVar[bool] = True
+    """Whether generations are sampled as wholes, which `merge_for_rollout` and `rollout_batch_size` speed up."""
 
     trains_on_rows: ClassVar[bool] = True
     """Whether each sample has a loss of its own, so that `keep_per_group` can leave some out."""
@@ -143,6 +143,13 @@ class AlignmentConfig(TrainingArguments):
             "probabilities are then replayed by the unmerged model, and ratios start at 1 up to rounding."
         },
     )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples that a process draws at once, a multiple of per_device_train_batch_size: forward passes need "
+            "less memory than updates. Equal up to rounding, as first ratios then are to 1. Default: one micro-batch."
+        },
+    )
     reward_overlap: bool = field(
         default=False,
         metadata={
@@ -225,7 +232,7 @@ class AlignmentConfig(TrainingArguments):
                 raise ValueError(
                     f"ema_decay must lie strictly between 0 and 1 (None for no EMA), got {self.ema_decay}"
                 )
-        for name in ("max_sequence_length", "max_denoiser_calls", "eval_denoiser_calls"):
+        for name in ("max_sequence_length", "max_denoiser_calls", "eval_denoiser_calls", "rollout_batch_size"):
             if getattr(self, name) is not None:
                 check_int(self, name, 1)
         if self.max_sequence_length is not None and self.max_sequence_length > 32_768:
@@ -287,8 +294,18 @@ class AlignmentConfig(TrainingArguments):
             num_iterations=self.num_iterations,
         )
 
+    def micro_batches_per_rollout(self) -> int:
+        """Micro-batches that are sampled at once."""
+        rows = self.rollout_batch_size
+        return 1 if rows is None else min(rows // self.per_device_train_batch_size, self.geometry().num_chunks)
+
     def _check_geometry(self) -> None:
         self.geometry()
+        if self.rollout_batch_size is not None and self.rollout_batch_size % self.per_device_train_batch_size:
+            raise ValueError(
+                f"rollout_batch_size {self.rollout_batch_size} is not a multiple of per_device_train_batch_size="
+                f"{self.per_device_train_batch_size}; whole micro-batches are sampled at once"
+            )
         micro, accumulation = self.micro_steps_per_generation, self.gradient_accumulation_steps
         if micro % accumulation and accumulation % micro:
             raise ValueError(
@@ -327,10 +344,11 @@ class AlignmentConfig(TrainingArguments):
             raise ValueError(
                 "train_full_model and load_in_4bit exclude each other: quantised weights cannot be trained"
             )
-        if self.merge_for_rollout and not self.merges_for_rollout:
-            raise ValueError(
-                f"merge_for_rollout does nothing under {type(self).__name__}, which samples its own way; drop it"
-            )
+        for name in ("merge_for_rollout", "rollout_batch_size"):
+            if getattr(self, name) and not self.samples_ahead:
+                raise ValueError(
+                    f"{name} does nothing under {type(self).__name__}, which samples its own way; drop it"
+                )
         if self.merge_for_rollout and (self.train_full_model or self.load_in_4bit):
             other = "train_full_model" if self.train_full_model else "load_in_4bit"
             raise ValueError(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dina_reward.alignment.config import AlignmentConfig
-from dina_reward.alignment.sampling.rollout import trained_steps
 from dina_reward.alignment.trainers.backprop import RewardBackpropConfig
 from dina_reward.alignment.trainers.forward_process import ForwardProcessConfig
 from dina_reward.alignment.trainers.grpo_config import DiffusionGRPOConfig
@@ -61,9 +60,7 @@ def calls_of(config: AlignmentConfig, evaluations: Callable[[float], int]) -> Ca
 
 
 def _policy_gradient(config: DiffusionGRPOConfig, guided: int) -> Calls:
-    assert config.sde_window_size is not None
-    window = range(config.sde_window_size)
-    trained = len(trained_steps(config.seed, 0, tuple(window), config.train_timestep_fraction))
+    trained, together = config.trained_timesteps, config.joint_timesteps()
     passes = config.num_inference_steps + trained * config.needs_reference
     updates = trained * config.num_iterations
     kept = _kept_share(config)
@@ -71,9 +68,9 @@ def _policy_gradient(config: DiffusionGRPOConfig, guided: int) -> Calls:
         rollout=guided * passes,
         update=guided * kept * updates,
         reward=1 + trained * (config.credit == "gain"),
-        graphs=guided * kept,
+        graphs=guided * kept * together,
         passes=passes,
-        gradient_passes=updates,
+        gradient_passes=updates / together,
     )
 
 
@@ -90,16 +87,16 @@ def _old_policy_share(config: DiffusionNFTConfig) -> float:
 
 
 def _forward_process(config: ForwardProcessConfig, guided: int) -> Calls:
-    sampled, scored, share, besides, together = float(config.num_inference_steps), 1.0, 1.0, 0.0, 1
+    sampled, scored, share, besides = float(config.num_inference_steps), 1.0, 1.0, 0.0
     if isinstance(config, DiffusionNFTConfig):
-        share, together = _kept_share(config), config.joint_timesteps()
+        share = _kept_share(config)
         besides = _old_policy_share(config) + config.needs_reference
     elif isinstance(config, OnlineDPOConfig):
         share, besides = 2 * config.num_pairs / config.num_generations, 1
     elif isinstance(config, SearchDistillationConfig):
         scored = config.search_budget / config.num_generations
         sampled *= scored
-    updates = config.num_train_timesteps * config.num_iterations
+    updates, together = config.num_train_timesteps * config.num_iterations, config.joint_timesteps()
     return Calls(
         rollout=guided * (sampled + share * updates * besides),
         update=guided * share * updates,

@@ -9,6 +9,7 @@ from typing import Any
 
 from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.trainers.grpo_config import DiffusionGRPOConfig
+from dina_reward.alignment.trainers.joint import JointTimestepsConfig
 from dina_reward.alignment.trainers.nft import DiffusionNFTConfig
 from dina_reward.planning.calls import Calls, calls_of
 from dina_reward.planning.devices import RANKS_PER_NODE, Device, Rates
@@ -62,6 +63,8 @@ class Plan:
         device: whose data sheet gives the links.
         rates: FLOP/s attained.
         calls: per sample.
+        timesteps: that a sample is trained at and that may share a pass; 0 where its losses are not apart.
+        together: how many of them do.
         samples: of an iteration, over all ranks.
         micro_batches: of one rank and iteration, in one pass over them.
         optimizer_steps: per iteration.
@@ -78,6 +81,8 @@ class Plan:
     device: Device
     rates: Rates
     calls: Calls
+    timesteps: int
+    together: int
     samples: int
     micro_batches: int
     optimizer_steps: float
@@ -142,6 +147,8 @@ class Plan:
             "device": asdict(self.device),
             "rates": asdict(self.rates),
             "calls": asdict(self.calls),
+            "timesteps_per_forward": self.together,
+            "timesteps_per_forward_that_fit": joint_timesteps_that_fit(self),
             "samples": self.samples,
             "micro_batches": self.micro_batches,
             "optimizer_steps": self.optimizer_steps,
@@ -203,6 +210,8 @@ def make_plan(
         device=device,
         rates=rates,
         calls=calls,
+        timesteps=config.trained_timesteps if isinstance(config, JointTimestepsConfig) else 0,
+        together=config.joint_timesteps() if isinstance(config, JointTimestepsConfig) else 1,
         samples=batch.rows,
         micro_batches=batch.num_chunks,
         optimizer_steps=steps,
@@ -363,6 +372,17 @@ def _fitting_rows(plan: Plan, setup: Setup) -> int:
     divisors = (rows for rows in range(setup.rows - 1, 0, -1) if setup.rows % rows == 0)
     fitting = (r for r in divisors if total_bytes(plan.sizes, replace(setup, rows=r)) <= plan.memory)
     return next(fitting, 1)
+
+
+def joint_timesteps_that_fit(plan: Plan) -> int:
+    """The most timesteps of a sample that can share a forward and a backward pass; 0 where none fits or can."""
+
+    def fits(number: int) -> bool:
+        graphs = plan.setup.graphs * number / plan.together
+        return total_bytes(plan.sizes, replace(plan.setup, graphs=graphs)) <= plan.memory
+
+    divisors = [number for number in range(1, plan.timesteps + 1) if plan.timesteps % number == 0]
+    return max(filter(fits, divisors), default=0)
 
 
 def spread_over(config: AlignmentConfig, processes: int, gpus: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dina_reward.evaluation.markdown import markdown
 from dina_reward.planning.memory import RewardHome, Setup, memory_parts, total_bytes
-from dina_reward.planning.plan import GIB, Plan, changes_of
+from dina_reward.planning.plan import GIB, Plan, changes_of, joint_timesteps_that_fit
 
 
 def memory_table(plan: Plan) -> str:
@@ -49,6 +49,12 @@ def summary(plan: Plan) -> Iterator[str]:
     )
     if plan.hours is not None:
         yield f"{plan.iterations:,.0f} iterations in {plan.hours:,.1f} hours, without evaluations"
+    together = joint_timesteps_that_fit(plan)
+    if together > plan.together:
+        yield (
+            f"timesteps_per_forward: {together} fits, too: so many of the {plan.timesteps} timesteps that a sample is "
+            f"trained at share a pass (now {plan.together})"
+        )
     if not plan.fits:
         changes = changes_of(plan)
         yield (

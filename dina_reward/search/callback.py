@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dina_reward.alignment.costs import CallCounter
-from dina_reward.alignment.experience.maker import checked_reward_weights
+from dina_reward.alignment.experience.rewards import checked_reward_weights
 from dina_reward.checks.values import checked_texts
 from dina_reward.reward import LatentReward
 from dina_reward.reward_functions import callable_name, reward_list

@@ -31,7 +31,7 @@ from dina_reward.search.steering import normalised_weights
 class SearchDistillationConfig(ForwardProcessConfig):
     """Settings of `SearchDistillationTrainer`."""
 
-    merges_for_rollout: ClassVar[bool] = False  # the reward scores between the steps of a search
+    samples_ahead: ClassVar[bool] = False  # the reward scores between the steps of a search
     trains_on_rows: ClassVar[bool] = False
 
     num_generations: int = field(default=2, metadata={"help": "Samples per prompt that search keeps to train on."})
@@ -86,14 +86,18 @@ class SearchDistillationTrainer(ForwardProcessTrainer):
         return parts, {"reward": float(rewards.mean()), "reward_std": float(rewards.std(unbiased=False))}
 
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
-        """Weighted squared error of the prediction, of one micro-batch at one draw of levels and noise."""
-        latents = experience.rollout.latents
-        noise, point = self.draw(experience, [position], experience.rows)
+        """Weighted squared error of the prediction, of one micro-batch at the draws of levels and noise of a pass."""
+        positions = self.args.joint_positions(position)
+        together = len(positions)
+        noise, point = self.draw(experience, positions, experience.rows)
+        latents = experience.rollout.latents.repeat(together, *[1] * (noise.dim() - 1))
         noisy = self.forward_process.noisy(latents, noise, point).to(self.policy.storage_dtype)
         target = self.forward_process.target(latents, noise, point)
-        predict = self.policy.bind(experience.conditioning_rows(), experience.negative, model)
+        conditioning = experience.conditioning[experience.prompt_index * together]
+        predict = self.policy.bind(conditioning, experience.negative, model)
         errors = (predict(noisy, point.timestep) - target).square().flatten(start_dim=1).mean(dim=1)
-        return ObjectiveOutput((experience.weights * errors).mean(), {"error": errors.detach().mean()})
+        loss = (experience.weights.repeat(together) * errors).mean()
+        return ObjectiveOutput(loss, {"error": errors.detach().mean()})
 
     def _search(self, generation: int, rows: range) -> Experience:
         args, maker, device = self.args, self.experience_maker, self.accelerator.device

@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dina_reward.alignment.experience.maker import checked_reward_weights
-from dina_reward.alignment.experience.rewards import RewardSet, differentiable_score
+from dina_reward.alignment.experience.rewards import RewardSet, checked_reward_weights, differentiable_score
 from dina_reward.alignment.generator import Generator
 from dina_reward.checks.values import check_choice
 from dina_reward.families import Conditioning

@@ -69,7 +69,9 @@ _MAY_CHANGE = {
     # How a batch is split; `settings_of` has the products that count.
     "gradient_accumulation_steps",
     "per_device_train_batch_size",
+    "rollout_batch_size",
     "steps_per_generation",
+    "timesteps_per_forward",
 }
 
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dina_reward.planning import DEVICES, Plan, make_plan, rates_of_bench, rates_of_device
-from dina_reward.planning.plan import changes_of, spread_over
+from dina_reward.planning.plan import changes_of, joint_timesteps_that_fit, spread_over
 from dina_reward.planning.report import memory_table, reward_table, scale_table, summary, work_table
 from dina_reward.planning.sizes import RunSizes
 from dina_reward.planning.traffic import all_reduce_bytes, gather_bytes, traffic_of
@@ -156,3 +156,21 @@ def test_tables_say_what_the_plan_says(sizes: RunSizes) -> None:
     assert len(scale_table([found, found]).splitlines()) == 4
     assert "a server" in reward_table(found)
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_timesteps_that_fit_into_a_pass_are_told(sizes: RunSizes) -> None:
+    window: dict[str, Any] = {"sde_window_size": 4, "num_inference_steps": 6}
+    apart = plan(sizes, memory=2**40, **window)
+    together = plan(sizes, memory=2**40, timesteps_per_forward=4, **window)
+    assert together.setup.graphs == 4 * apart.setup.graphs
+    assert together.calls.gradient_passes == apart.calls.gradient_passes / 4
+    assert (together.calls.rollout, together.calls.update) == (apart.calls.rollout, apart.calls.update)
+    assert (joint_timesteps_that_fit(apart), joint_timesteps_that_fit(together)) == (4, 4)
+    half = plan(sizes, timesteps_per_forward=2, **window)
+    assert together.needed > half.needed
+    assert joint_timesteps_that_fit(plan(sizes, memory=together.needed - 1, **window)) == 2
+    assert any(line.startswith("timesteps_per_forward: 4 fits, too: so many of the 4") for line in summary(apart))
+    assert not any(line.startswith("timesteps_per_forward") for line in summary(together))
+    nothing = plan(sizes, memory=1, **window)
+    assert joint_timesteps_that_fit(nothing) == 0
+    assert together.to_dict()["timesteps_per_forward_that_fit"] == 4

@@ -25,7 +25,6 @@ from dina_reward.alignment.sampling.prompts import PromptRollouts
 from dina_reward.alignment.sampling.rollout import PredictFunction, Rollout, sample
 from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, noise_by_row
-from dina_reward.checks.values import check_numbers_list
 from dina_reward.families import Conditioning
 from dina_reward.noise.draws import fold_seed
 
@@ -128,8 +127,9 @@ class ExperienceMaker:
     """Samples, scores and compares the rows of a generation.
 
     Everything random is a function of ``(seed, generation, row)``, so results depend neither on the split of the batch
-    over ranks nor on what ran before. Rollouts run in chunks with the rows of the training micro-batches: the replayed
-    log-probabilities then equal the recorded ones bit for bit as long as the weights are the same.
+    over ranks nor on what ran before. Rollouts run in chunks with the rows of the training micro-batches, unless
+    `rollout_batch_size` says otherwise: the replayed log-probabilities then equal the recorded ones bit for bit as long as
+    the weights are the same.
 
     Args:
         policy: the generator.
@@ -266,9 +266,12 @@ class ExperienceMaker:
         prompt_rows: list[dict[str, Any]],
         prompt_index: list[int],
     ) -> Iterator[_Chunk]:
-        for number, rows in enumerate(self._row_ranges()):
-            part = slice(number * len(rows), (number + 1) * len(rows))
-            bound = self.policy.bind(conditioning[prompt_index[part]], negative)
+        parts, size = self._row_ranges(), self.args.per_device_train_batch_size
+        together = self.args.micro_batches_per_rollout()
+        for first in range(0, len(parts), together):
+            chosen = parts[first : first + together]
+            rows = [row for part in chosen for row in part]
+            bound = self.policy.bind(conditioning[prompt_index[first * size : first * size + len(rows)]], negative)
             with self.policy.merged() if self.args.merge_for_rollout else contextlib.nullcontext():
                 rollout = sample(
                     bound,
@@ -283,7 +286,9 @@ class ExperienceMaker:
                     offload=self.args.offload_trajectories,
                 )
             reference = self._reference(bound, rollout) if plan.reference else {}
-            yield _Chunk(rows, prompt_rows[part], prompt_index[part], rollout, reference)
+            for number, (part, own, predictions) in enumerate(_split(chosen, rollout, reference), first):
+                place = slice(number * size, (number + 1) * size)
+                yield _Chunk(part, prompt_rows[place], prompt_index[place], own, predictions)
 
     def _step_noise(self, generation: int, rows: Sequence[int], steps: int) -> Tensor | None:
         if not steps:
@@ -383,17 +388,13 @@ class ExperienceMaker:
         return metrics
 
 
-def checked_reward_weights(weights: Sequence[float] | None, functions: int) -> list[float]:
-    """One weight per reward function, 1 by default.
-
-    Raises:
-        ValueError: no functions, another number of weights, or weights that are no numbers.
-    """
-    if functions == 0:
-        raise ValueError("reward_funcs is empty; give at least one callable")
-    if weights is None:
-        return [1.0] * functions
-    check_numbers_list("reward_weights", weights)
-    if len(weights) != functions:
-        raise ValueError(f"reward_weights has {len(weights)} entries for {functions} reward functions; give one each")
-    return list(weights)
+def _split(
+    parts: Sequence[range], rollout: Rollout, reference: dict[int, Tensor]
+) -> Iterator[tuple[range, Rollout, dict[int, Tensor]]]:
+    """Micro-batches that were sampled at once."""
+    if len(parts) == 1:
+        yield parts[0], rollout, reference
+        return
+    for part, index in zip(parts, torch.arange(len(rollout.latents)).split(len(parts[0])), strict=True):
+        own = {step: values[index.to(values.device)] for step, values in reference.items()}
+        yield part, rollout.of_rows(index), own

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from dina_reward.alignment.experience.images import checked_images
 from dina_reward.alignment.sampling.prompts import columns_of
+from dina_reward.checks.values import check_numbers_list
 from dina_reward.families import Conditioning
 from dina_reward.reward import LatentReward
 from dina_reward.reward_functions import (
@@ -238,3 +239,19 @@ class RewardSet:
         assert self.decode is not None
         with torch.no_grad():
             return checked_images(self.decode(latents), latents.shape[0])
+
+
+def checked_reward_weights(weights: Sequence[float] | None, functions: int) -> list[float]:
+    """One weight per reward function, 1 by default.
+
+    Raises:
+        ValueError: no functions, another number of weights, or weights that are no numbers.
+    """
+    if functions == 0:
+        raise ValueError("reward_funcs is empty; give at least one callable")
+    if weights is None:
+        return [1.0] * functions
+    check_numbers_list("reward_weights", weights)
+    if len(weights) != functions:
+        raise ValueError(f"reward_weights has {len(weights)} entries for {functions} reward functions; give one each")
+    return list(weights)

@@ -6,7 +6,7 @@ one is reported by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -45,6 +45,19 @@ class ObjectiveOutput:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+def reduction(name: str) -> Callable[[Tensor], Tensor]:
+    """How values of a metric become one: the mean of those that are there; of the ratio's extremes, the extreme."""
+    extremes: dict[str, Callable[[Tensor], Tensor]] = {"ratio/min": torch.min, "ratio/max": torch.max}
+    return extremes.get(name, torch.nanmean)
+
+
+def mean_output(outputs: Sequence[ObjectiveOutput]) -> ObjectiveOutput:
+    """Mean loss of several steps, their metrics by `reduction`."""
+    loss = torch.stack([output.loss for output in outputs]).mean()
+    names = outputs[0].metrics
+    return ObjectiveOutput(loss, {n: reduction(n)(torch.stack([each.metrics[n] for each in outputs])) for n in names})
 
 
 ObjectiveFunction = Callable[[Mapping[str, Tensor], ObjectiveSettings], ObjectiveOutput]

@@ -155,7 +155,7 @@ class RewardBackpropConfig(AlignmentConfig):
     for the noise they may share.
     """
 
-    merges_for_rollout: ClassVar[bool] = False  # gradients reach the LoRA through the samples
+    samples_ahead: ClassVar[bool] = False  # gradients reach the LoRA through the samples
     trains_on_rows: ClassVar[bool] = False
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the optimizer."})

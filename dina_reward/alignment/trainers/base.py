@@ -17,8 +17,13 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.costs import CostCallback
-from dina_reward.alignment.experience.maker import Experience, ExperienceMaker, RolloutPlan, checked_reward_weights
-from dina_reward.alignment.experience.rewards import RewardSet, check_columns, is_latent_reward
+from dina_reward.alignment.experience.maker import Experience, ExperienceMaker, RolloutPlan
+from dina_reward.alignment.experience.rewards import (
+    RewardSet,
+    check_columns,
+    checked_reward_weights,
+    is_latent_reward,
+)
 from dina_reward.alignment.monitoring.attached import AttachedCallback
 from dina_reward.alignment.monitoring.evaluation import EvalRewardFunction, HeldOutEvaluator
 from dina_reward.alignment.monitoring.hacking import RewardHackingCallback
@@ -26,7 +31,7 @@ from dina_reward.alignment.monitoring.log_cells import alignment_cells
 from dina_reward.alignment.monitoring.pictures import log_pictures
 from dina_reward.alignment.monitoring.tightening import TightenOnAlarm
 from dina_reward.alignment.objectives.advantages import Advantages
-from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
+from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput, reduction
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.prompts import BatchGeometry, PromptDataset, PromptRollouts, PromptTable
 from dina_reward.alignment.sampling.samplers import Sampler
@@ -311,15 +316,15 @@ class AlignmentTrainer(AtomicCheckpointMixin, Trainer, ABC):
         """Keeps metrics for the next log line: averaged over a micro-batch and all ranks; extremes of the ratio stay."""
         if not metrics:
             return
-        reduced = [_reduction(name)(torch.stack(values).float()) for name, values in metrics.items()]
+        reduced = [reduction(name)(torch.stack(values).float()) for name, values in metrics.items()]
         gathered = self.accelerator.gather(torch.stack(reduced)[None])
         for column, name in enumerate(metrics):
-            self._metrics[name].append(float(_reduction(name)(gathered[:, column])))
+            self._metrics[name].append(float(reduction(name)(gathered[:, column])))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the run has spent (`CallCounter`) and, to training log lines, the metrics collected since the last."""
         if "loss" in logs:
-            averages = {name: float(_reduction(name)(torch.tensor(v))) for name, v in self._metrics.items()}
+            averages = {name: float(reduction(name)(torch.tensor(v))) for name, v in self._metrics.items()}
             failures = {f"rewards/{name}/failures": float(count) for name, count in self.rewards.failures.items()}
             tightness = {} if self.tightness == 1 else {"tightness": self.tightness}
             logs = {**logs, **averages, **failures, **tightness}
@@ -413,7 +418,3 @@ def _weights_digest(reward: Any) -> str:
     """Of a latent reward's LoRA and head, wherever it is scored."""
     local = isinstance(reward, LatentReward)
     return tensor_digest(reward.model.trainable_state().values()) if local else reward.weights_digest()
-
-
-def _reduction(name: str) -> Any:
-    return {"ratio/min": torch.min, "ratio/max": torch.max}.get(name, torch.nanmean)

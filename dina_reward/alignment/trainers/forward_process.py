@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.experience.maker import Experience, RolloutPlan
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.ddim import PredictionType, split_prediction
@@ -18,6 +17,7 @@ from dina_reward.alignment.sampling.samplers import Sampler
 from dina_reward.alignment.sampling.seeding import Stream, generator_from, noise_by_row
 from dina_reward.alignment.sampling.solver import check_order
 from dina_reward.alignment.trainers.base import AlignmentTrainer
+from dina_reward.alignment.trainers.joint import JointTimestepsConfig
 from dina_reward.checks.values import check_choice, check_int
 from dina_reward.noise import LevelSampler, NoisePoint, NoiseProcess, expand_as, is_flow_matching
 from dina_reward.noise.draws import fold_seed
@@ -149,7 +149,7 @@ class TrainingNoise:
 
 
 @dataclass
-class ForwardProcessConfig(AlignmentConfig):
+class ForwardProcessConfig(JointTimestepsConfig):
     """Settings of the trainers that learn from clean samples under fresh noise."""
 
     solver_order: int = field(
@@ -161,9 +161,7 @@ class ForwardProcessConfig(AlignmentConfig):
     )
     num_train_timesteps: int = field(
         default=4,
-        metadata={
-            "help": "Noise levels that each sample is trained at per pass, each with a backward pass of its own."
-        },
+        metadata={"help": "Noise levels of each sample per pass over a generation batch. See timesteps_per_forward."},
     )
     train_level_distribution: TrainLevels = field(
         default="sampler",
@@ -175,6 +173,11 @@ class ForwardProcessConfig(AlignmentConfig):
     train_level_std: float = field(
         default=1.0, metadata={"help": "Standard deviation of the logit under 'logit_normal'."}
     )
+
+    @property
+    def trained_timesteps(self) -> int:
+        """`num_train_timesteps`."""
+        return self.num_train_timesteps
 
     def _check_numbers(self) -> None:
         super()._check_numbers()
@@ -195,7 +198,7 @@ class ForwardProcessConfig(AlignmentConfig):
 class ForwardProcessTrainer(AlignmentTrainer):
     """Base of the trainers that need clean samples only: any sampler will do, and no log-probability is taken.
 
-    Each micro-batch falls into ``num_train_timesteps`` losses, each at other levels and under other noise. See
+    Each micro-batch is trained ``num_train_timesteps`` times, each at other levels and under other noise. See
     `AlignmentTrainer` for the arguments.
     """
 
@@ -228,8 +231,8 @@ class ForwardProcessTrainer(AlignmentTrainer):
         return RolloutPlan(solver_order=self.args.solver_order)
 
     def num_losses(self, experience: Experience) -> int:
-        """One loss per training level."""
-        return self.args.num_train_timesteps
+        """One loss for the training levels that share a pass."""
+        return self.args.num_train_timesteps // self.args.joint_timesteps()
 
     def draw(self, experience: Experience, positions: Sequence[int], keys: Sequence[int]) -> tuple[Tensor, NoisePoint]:
         """Noise, shape ``(len(positions) * len(keys), ...)``, and grid points of some losses, one after the other."""

@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dina_reward.alignment.experience.maker import Experience, RolloutPlan
 from dina_reward.alignment.objectives.advantages import Advantages, PerPromptStatTracker
-from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput, ObjectiveSettings, get_objective, step_kl
+from dina_reward.alignment.objectives.policy_gradient import (
+    ObjectiveOutput,
+    ObjectiveSettings,
+    get_objective,
+    mean_output,
+    step_kl,
+)
 from dina_reward.alignment.sampling.prompts import PromptDataset
 from dina_reward.alignment.sampling.rollout import sde_window, trained_steps
 from dina_reward.alignment.sampling.samplers import Sampler
@@ -92,16 +99,25 @@ class DiffusionGRPOTrainer(AlignmentTrainer):
         )
 
     def num_losses(self, experience: Experience) -> int:
-        """One loss per recorded step."""
-        return len(experience.rollout.trained)
+        """One loss for the recorded steps that share a pass."""
+        return len(experience.rollout.trained) // self.args.joint_timesteps()
 
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
-        """Objective, plus KL penalty, of one recorded step of one micro-batch."""
+        """Objective, plus KL penalty, of one micro-batch at the recorded steps of a pass: the mean over them."""
+        rollout, device, rows = experience.rollout, self.accelerator.device, len(experience.rows)
+        steps = [rollout.trained[number] for number in self.args.joint_positions(position)]
+        latents = [rollout.states[index].to(device) for index in steps]
+        conditioning = experience.conditioning[experience.prompt_index * len(steps)]
+        predict = self.policy.bind(conditioning, experience.negative, model)
+        timesteps = torch.cat([self.sampler.timesteps[index].expand(rows) for index in steps])
+        predictions = predict(torch.cat(latents), timesteps).split(rows)
+        return mean_output(
+            [self._loss_at(experience, *each) for each in zip(steps, latents, predictions, strict=True)]
+        )
+
+    def _loss_at(self, experience: Experience, index: int, latents: Tensor, prediction: Tensor) -> ObjectiveOutput:
         rollout, device = experience.rollout, self.accelerator.device
-        index = rollout.trained[position]
-        latents, next_latents = rollout.states[index].to(device), rollout.states[index + 1].to(device)
-        predict = self.policy.bind(experience.conditioning_rows(), experience.negative, model)
-        prediction = predict(latents, self.sampler.timesteps[index].expand(latents.shape[0]))
+        next_latents = rollout.states[index + 1].to(device)
         step = self.sampler.replay_step(index, latents, prediction, next_latents=next_latents)
         tensors = {
             "log_prob": step.log_prob,

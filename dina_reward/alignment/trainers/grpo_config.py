@@ -8,10 +8,10 @@ from typing import Literal, get_args
 
 from transformers.utils import logging
 
-from dina_reward.alignment.config import AlignmentConfig
 from dina_reward.alignment.objectives.policy_gradient import KLKind, check_kl_kind, check_objective_fits, get_objective
-from dina_reward.alignment.sampling.rollout import WindowSchedule, check_sde_window
+from dina_reward.alignment.sampling.rollout import WindowSchedule, check_sde_window, trained_steps
 from dina_reward.alignment.sampling.steps import SDEType, check_eta
+from dina_reward.alignment.trainers.joint import JointTimestepsConfig
 from dina_reward.checks.values import check_choice, check_int, check_real, is_int
 
 
@@ -21,7 +21,7 @@ CreditAssignment = Literal["terminal", "gain"]
 
 
 @dataclass
-class DiffusionGRPOConfig(AlignmentConfig):
+class DiffusionGRPOConfig(JointTimestepsConfig):
     """Settings of group-relative policy optimisation (Flow-GRPO and its kin, and GRPO on DDPM models)."""
 
     loss_type: str = field(
@@ -132,6 +132,12 @@ class DiffusionGRPOConfig(AlignmentConfig):
     def needs_reference(self) -> bool:
         """Whether the loss evaluates the model as it was before training."""
         return self.beta > 0
+
+    @property
+    def trained_timesteps(self) -> int:
+        """Stochastic steps of a generation that are trained."""
+        assert self.sde_window_size is not None
+        return len(trained_steps(self.seed, 0, range(self.sde_window_size), self.train_timestep_fraction))
 
     @property
     def _least_group(self) -> int:

@@ -17,7 +17,7 @@ from dina_reward.alignment.objectives.policy_gradient import ObjectiveOutput
 from dina_reward.alignment.policy import Policy
 from dina_reward.alignment.sampling.prompts import PromptDataset
 from dina_reward.alignment.trainers.forward_process import ForwardProcess, ForwardProcessConfig, ForwardProcessTrainer
-from dina_reward.checks.values import check_int, check_real
+from dina_reward.checks.values import check_real
 from dina_reward.noise import NoisePoint
 from dina_reward.reward_functions import RewardFunction
 
@@ -55,36 +55,14 @@ class DiffusionNFTConfig(ForwardProcessConfig):
         default=0.0,
         metadata={"help": "Weight of the mean squared distance to the reference's prediction. 0 builds no reference."},
     )
-    timesteps_per_forward: int | None = field(
-        default=None,
-        metadata={
-            "help": "Of the num_train_timesteps, how many share a forward and a backward pass. By default as many as fill "
-            "the rows of a micro-batch that keep_per_group leaves out."
-        },
-    )
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss evaluates the model as it was before training."""
         return self.beta_kl > 0
 
-    def joint_timesteps(self) -> int:
-        """`timesteps_per_forward`, or what it is by default: the same number on every rank."""
-        if self.timesteps_per_forward is not None:
-            return self.timesteps_per_forward
-        if self.keep_per_group is None or self.per_device_train_batch_size % self.num_generations:
-            return 1
-        return _largest_divisor(self.num_train_timesteps, self.num_generations // self.keep_per_group)
-
     def _check_numbers(self) -> None:
         super()._check_numbers()
-        if self.timesteps_per_forward is not None:
-            check_int(self, "timesteps_per_forward", 1)
-            if self.num_train_timesteps % self.timesteps_per_forward:
-                raise ValueError(
-                    f"timesteps_per_forward is {self.timesteps_per_forward}, which does not divide num_train_timesteps="
-                    f"{self.num_train_timesteps}"
-                )
         for name in ("nft_beta", "advantage_clip"):
             check_real(self, name, 1e-6, float("inf"))
         check_real(self, "old_policy_decay_rate", 0.0, 1.0)
@@ -127,14 +105,11 @@ class DiffusionNFTTrainer(ForwardProcessTrainer):
             experience, metrics = super().make_experience(generation)
         return experience, {**metrics, "old_policy_decay": self.old_policy.decay}
 
-    def num_losses(self, experience: Experience) -> int:
-        """One loss for the training levels that share a pass."""
-        return super().num_losses(experience) // self.args.joint_timesteps()
-
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
         """`nft_loss`, plus the KL penalty, of one micro-batch at the levels of a pass, each under noise of its own."""
-        together = self.args.joint_timesteps()
-        noise, point = self.draw(experience, range(position * together, (position + 1) * together), experience.rows)
+        positions = self.args.joint_positions(position)
+        together = len(positions)
+        noise, point = self.draw(experience, positions, experience.rows)
         latents = experience.rollout.latents.to(self.accelerator.device).repeat(together, *[1] * (noise.dim() - 1))
         noisy = self.forward_process.noisy(latents, noise, point).to(self.policy.storage_dtype)
         conditioning = experience.conditioning[experience.prompt_index * together]
@@ -287,10 +262,6 @@ def nft_loss(
             "nft/old_policy_distance": ((prediction.detach() - old_prediction) ** 2).mean(),
         },
     )
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(divisor for divisor in range(1, limit + 1) if number % divisor == 0)
 
 
 def _relative_error(clean: Tensor, latents: Tensor) -> Tensor:

@@ -152,14 +152,15 @@ class OnlineDPOTrainer(ForwardProcessTrainer):
         return super().make_experience(generation)
 
     def step_loss(self, model: nn.Module, experience: Experience, position: int) -> ObjectiveOutput:
-        """`dpo_loss` of the pairs of one micro-batch at one draw of levels and noise."""
-        args = self.args
+        """`dpo_loss` of the pairs of one micro-batch at the draws of levels and noise of a pass."""
+        args, positions = self.args, self.args.joint_positions(position)
         pairs = form_pairs(
             experience.rewards, args.num_generations, num_pairs=args.num_pairs, min_margin=args.min_margin
         )
         first_pair = experience.rows[0] // args.num_generations * args.num_pairs
         keys = range(first_pair, first_pair + len(pairs.chosen))
-        noise, point = self.draw(experience, [position], keys)
+        noise, point = self.draw(experience, positions, keys)
+        pairs = pairs.repeated(len(positions))
         rows = torch.cat([pairs.chosen, pairs.rejected])
         latents = experience.rollout.latents.to(self.accelerator.device)[rows]
         noise = torch.cat([noise, noise])
@@ -212,6 +213,10 @@ class PreferencePairs:
     chosen: Tensor
     rejected: Tensor
     kept: Tensor
+
+    def repeated(self, times: int) -> PreferencePairs:
+        """All pairs so many times, one after the other."""
+        return PreferencePairs(self.chosen.repeat(times), self.rejected.repeat(times), self.kept.repeat(times))
 
 
 def form_pairs(

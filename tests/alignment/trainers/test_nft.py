@@ -287,45 +287,6 @@ def test_kept_rows_alone_are_computed(tmp_path):
     assert spent[2]["reward_calls"] == spent[None]["reward_calls"]
 
 
-def test_timesteps_that_share_a_forward_give_the_mean_of_their_losses(tmp_path):
-    settings = {"beta_kl": 0.1, "num_train_timesteps": 4}
-    together = nft_trainer(tmp_path, timesteps_per_forward=2, **settings)
-    apart = nft_trainer(tmp_path, **settings)
-    for trainer in (together, apart):
-        trainer.old_policy.restore(trainer.policy.snapshot())
-        perturb(trainer, 0.1)
-    (experience, *_), _ = apart.make_experience(0)
-    assert (together.num_losses(experience), apart.num_losses(experience)) == (2, 4)
-    for position in range(2):
-        joint = together.step_loss(together.model, experience, position)
-        single = [apart.step_loss(apart.model, experience, 2 * position + number) for number in range(2)]
-        torch.testing.assert_close(joint.loss, (single[0].loss + single[1].loss) / 2)
-        for name, value in joint.metrics.items():
-            torch.testing.assert_close(value, (single[0].metrics[name] + single[1].metrics[name]) / 2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, 1),
-        ({"keep_per_group": 2}, 2),
-        ({"keep_per_group": 2, "num_train_timesteps": 3}, 1),
-        ({"keep_per_group": 2, "num_train_timesteps": 6, "num_generations": 8}, 3),
-        # Groups lie across micro-batches, so some of these have more rows than others.
-        ({"keep_per_group": 2, "per_device_train_batch_size": 6}, 1),
-        ({"keep_per_group": 2, "timesteps_per_forward": 1}, 1),
-    ],
-)
-def test_timesteps_share_a_forward_where_rows_are_left_out(tmp_path, settings, expected):
-    settings = {"num_train_timesteps": 4, **settings}
-    assert DiffusionNFTConfig(**forward_settings(tmp_path, **settings)).joint_timesteps() == expected
-
-
-def test_timesteps_per_forward_must_divide(tmp_path):
-    with pytest.raises(ValueError, match="timesteps_per_forward is 3, which does not divide num_train_timesteps=4"):
-        DiffusionNFTConfig(**forward_settings(tmp_path, num_train_timesteps=4, timesteps_per_forward=3))
-
-
 @pytest.mark.parametrize(("decay", "evaluations"), [(0.0, [0, 1, 0, 1]), (0.3, [0, 1, 1, 1])])
 def test_an_old_policy_that_is_the_trained_one_is_not_evaluated(tmp_path, decay, evaluations):
     # Whether a step's losses evaluate the old policy: two optimizer steps to a generation.
