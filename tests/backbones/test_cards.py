@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import pytest
+import torch
 
-from dina_reward.backbones.cards import BackboneCard, card_of, cost_table, table_row, write_table
+from dina_reward.backbones.cards import (
+    BackboneCard,
+    card_of,
+    cost_table,
+    count_flops,
+    meta_pipeline,
+    table_row,
+    write_table,
+)
 from dina_reward.backbones.structures import published_models, structures_of_class
-from dina_reward.families import families
+from dina_reward.families import Conditioning, families
+from dina_reward.modeling import LatentRewardModel, default_lora_config, default_reward_config
 from tests.backbones.published import SD35_MEDIUM_512
 from tests.families.test_guide import NAME as GUIDE_FAMILY
 from tests.families.test_guide import PAGE
@@ -155,3 +166,30 @@ def test_classes_name_their_models() -> None:
     assert names("UNet2DConditionModel") == ["SD1.5", "SD2.1", "SDXL-base-1.0"]
     with pytest.raises(ValueError, match=r"FooPipeline belongs to no supported.*flux: FluxPipeline, .*z_image"):
         names("FooPipeline")
+
+
+@pytest.mark.slow
+def test_three_levels_of_a_latent_share_next_to_nothing() -> None:
+    structure = MODELS["SD3.5-Medium"]
+    family, pipeline = structure.family, meta_pipeline(structure)
+    config = default_reward_config(pipeline, backbone_config=dict(pipeline.transformer.config))
+    with torch.device("meta"):
+        backbone = family.build_backbone(
+            pipeline.transformer,
+            num_layers=config.num_layers,
+            visual_taps=config.visual_taps,
+            text_taps=config.text_taps or (),
+        )
+        model = LatentRewardModel(config, family, backbone, default_lora_config(config)).requires_grad_(False).float()
+        conditioning = Conditioning(torch.empty(1, structure.text_tokens, 4096), torch.empty(1, 2048))
+
+        def features(levels: int) -> Any:
+            rows, index = torch.empty(levels, 16, 64, 64), torch.zeros(levels, dtype=torch.int64)
+            return model.features(rows, torch.empty(levels), conditioning, index)
+
+        one, three = (count_flops(lambda levels=levels: features(levels)) for levels in (1, 3))
+        seen = features(3)
+        head, each = count_flops(lambda: model.head(seen, 3)), count_flops(lambda: model.head(seen))
+    assert round((three + head) / (one + each / 3), 2) == 2.99
+    assert round((three + head + each) / (one + each / 3), 2) == 3.07
+    assert round((3 * one - three) / 2 / (one + each / 3), 3) == 0.003

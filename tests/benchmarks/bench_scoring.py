@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from dina_reward import LatentReward
-from dina_reward.cli.console import reward_path
 
 
 LEVELS = (0.2, 0.4, 0.6)
@@ -91,7 +90,7 @@ def main() -> None:
         from diffusers import DiffusionPipeline
 
         pipeline = DiffusionPipeline.from_pretrained(arguments.pipeline)
-    result = measure(pipeline, reward_path(arguments.reward), arguments.batch, arguments.repeats)
+    result = measure(pipeline, arguments.reward, arguments.batch, arguments.repeats)
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output is not None:
