@@ -10,6 +10,10 @@ from typing import Any
 
 _DTYPE_SINCE = "0.42.1"
 _TEXT_DTYPE_SINCE = "4.56"
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 _BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
 _TRANSFORMERS_IMPORTS = "transformers.utils.import_utils"
 
@@ -28,6 +32,16 @@ def text_dtype_option(dtype: Any) -> dict[str, Any]:
     from packaging.version import Version
 
     return {"dtype" if Version(transformers.__version__) >= Version(_TEXT_DTYPE_SINCE) else "torch_dtype": dtype}
+
+
+def use_new_names(args: Any) -> None:
+    """Moves fields of `transformers.TrainingArguments` to the names that its later versions give them without a warning.
+
+    To be called before its ``__post_init__``, which makes the old names mirror the new ones again.
+    """
+    for old, new in _RENAMED.items():
+        if getattr(args, new, False) is None and getattr(args, old) is not None:
+            setattr(args, new, getattr(args, old))
 
 
 def hide_library_notes() -> None:

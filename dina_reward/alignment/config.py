@@ -14,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from dina_reward.alignment.objectives.advantages import Aggregation, ScaleRewards
 from dina_reward.alignment.sampling.prompts import BatchGeometry
 from dina_reward.checks.values import check_choice, check_fields, check_int, check_real, check_trainer_numbers, is_real
+from dina_reward.quiet import use_new_names
 
 
 @dataclass
@@ -194,6 +195,7 @@ class AlignmentConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        use_new_names(self)
         super().__post_init__()
         if is_real(self.reward_noise_level):
             self.reward_noise_level = [float(self.reward_noise_level)]  # type: ignore[arg-type]

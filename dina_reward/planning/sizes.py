@@ -101,7 +101,7 @@ def sizes_of(structure: ModelStructure, config: AlignmentConfig, dtype: torch.dt
     reward_flops, reward_kept = _reward(
         own, partial(_inputs, replace(card, text_tokens=structure.text_tokens), dtype), compute
     )
-    lora, kept = _policy(denoiser.to(dtype), family, config, inputs, compute)
+    lora, kept = _policy(_in_dtype(denoiser, dtype), family, config, inputs, compute)
     return RunSizes(
         card=card,
         reward_flops=reward_flops,
@@ -166,7 +166,7 @@ def _policy(
 def _reward(structure: ModelStructure, inputs: Inputs, compute: torch.dtype) -> tuple[int, Kept]:
     """FLOPs of one score, and what it keeps for the gradient of the latents."""
     family, pipeline = structure.family, meta_pipeline(structure)
-    denoiser = getattr(pipeline, family.denoiser_attribute).to(inputs(1)[0].dtype)
+    denoiser = _in_dtype(getattr(pipeline, family.denoiser_attribute), inputs(1)[0].dtype)
     config = default_reward_config(pipeline, backbone_config=dict(denoiser.config))
     with torch.device("meta"):
         backbone = family.build_backbone(
@@ -182,6 +182,11 @@ def _reward(structure: ModelStructure, inputs: Inputs, compute: torch.dtype) -> 
         # The head's norms have float32 weights.
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         return counted_flops(partial(run, 1), compute), activations_of(model, run, compute)
+
+
+def _in_dtype(denoiser: nn.Module, dtype: torch.dtype) -> Any:
+    """Casts every weight; diffusers' own `to` notes that it does."""
+    return nn.Module.to(denoiser, dtype)
 
 
 def _inputs(card: BackboneCard, dtype: torch.dtype, rows: int) -> tuple[Tensor, Tensor, Conditioning]:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from dina_reward.checks.values import check_fields, check_trainer_numbers, is_real
 from dina_reward.likelihood import PreferenceLoss
 from dina_reward.noise import LevelSampler
+from dina_reward.quiet import use_new_names
 
 
 @dataclass
@@ -87,6 +88,7 @@ class LatentRewardTrainingConfig(TrainingArguments):
     ema_update_every: int = field(default=1, metadata={"help": "Optimizer steps between two updates of the average."})
 
     def __post_init__(self) -> None:
+        use_new_names(self)
         super().__post_init__()
         # Without an accelerator torch warns about it and does nothing.
         self.dataloader_pin_memory &= torch.accelerator.is_available()

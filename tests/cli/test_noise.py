@@ -36,7 +36,10 @@ COMMANDS = {
     "cache": ["cache", "train.json", "--pipeline", "shapes", "-o", "cache", "--bucket", "32x32", "--prompt-embeds"],
     "convert": ["convert", str(ROOT / "tests" / "fixtures" / "parity" / "case_a" / "reward"), "native"],
 }
-SLOW_COMMANDS = {"demo": ["demo", "--iterations", "1", "-o", "demo"]}
+SLOW_COMMANDS = {
+    "demo": ["demo", "--iterations", "1", "-o", "demo"],
+    "plan": ["plan", "flow_grpo_sd35_medium_24gb", "--gpus", "1", "--memory", "24"],
+}
 WRONG_COMMANDS = {
     "wrong-recipe": ["recipes", "validate", "wrong.yaml", *RECIPES],
     "wrong-checkpoint": ["info", "empty"],

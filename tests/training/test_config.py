@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from trl import TrlParser
 
+from dina_reward.alignment import DiffusionGRPOConfig
 from dina_reward.training import LatentRewardTrainingConfig
 
 
@@ -61,3 +63,12 @@ def test_unknown_keys_are_errors(tmp_path: Path) -> None:
 def test_bad_values_are_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LatentRewardTrainingConfig(output_dir=str(tmp_path), report_to="none", **arguments)
+
+
+@pytest.mark.parametrize("config", [LatentRewardTrainingConfig, DiffusionGRPOConfig])
+def test_the_old_name_of_checkpointing_gives_no_warning(tmp_path: Path, config: type) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = config(str(tmp_path), report_to="none", use_cpu=True, gradient_checkpointing=True)
+    assert args.gradient_checkpointing is True
+    assert getattr(args, "activation_checkpointing", True) is True
